@@ -1,0 +1,29 @@
+"""Parameter-efficient Transformers in JAX and Flax: Vertical LoRA and the adapters of the literature."""
+
+from vlora_jax.adapters.adapter import Adapter, combine, count, partition, trainable_mask
+from vlora_jax.adapters.bind import apply, bind
+from vlora_jax.adapters.diagonal import Diagonal
+from vlora_jax.adapters.init import init
+from vlora_jax.adapters.lora import LoRA
+from vlora_jax.adapters.merge import merge
+from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.sites import Site, find_sites, select, split
+
+__all__ = [
+    "Adapter",
+    "Diagonal",
+    "LoRA",
+    "Method",
+    "Site",
+    "apply",
+    "bind",
+    "combine",
+    "count",
+    "find_sites",
+    "init",
+    "merge",
+    "partition",
+    "select",
+    "split",
+    "trainable_mask",
+]

@@ -1,0 +1,1 @@
+"""Parameter-efficient methods as pure functions over Flax parameter pytrees."""

@@ -1,0 +1,115 @@
+"""An adapter: one registered pytree of trainable and frozen tensors, with its method as static metadata."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from vlora_jax.adapters.sites import Site
+from vlora_jax.adapters.trees import Tree
+
+FactorDict = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapter:
+    """Tensors of one method on one model.
+
+    Attributes:
+      trainable: `{"sites": {path: {name: array}}, "shared": {name: array}, "full": {leaf path: array}}`. Arrays
+        of a site carry its layer axes first; shared ones have none; `full` holds base parameters trained whole.
+      frozen: `{"sites": …, "shared": …}`, what the method needs and no gradient reaches.
+      method: the `Method` it belongs to, hyper-parameters only (static).
+      sites: the kernels it changes (static).
+    """
+
+    trainable: dict[str, dict[str, Any]]
+    frozen: dict[str, dict[str, Any]]
+    method: Any = dataclasses.field(metadata={"static": True})
+    sites: tuple[Site, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        method: Any,
+        sites: list[Site],
+        *,
+        trainable: Mapping[str, FactorDict],
+        frozen: Mapping[str, FactorDict] | None = None,
+        shared: FactorDict | None = None,
+        frozen_shared: FactorDict | None = None,
+    ) -> "Adapter":
+        """An adapter from the tensors of its sites; what is left out is empty."""
+        return cls(
+            trainable={"sites": dict(trainable), "shared": shared or {}, "full": {}},
+            frozen={"sites": {k: v for k, v in (frozen or {}).items() if v}, "shared": frozen_shared or {}},
+            method=method,
+            sites=tuple(sites),
+        )
+
+    def factors(self, path: str) -> FactorDict:
+        """Tensors of one site, trainable and frozen together, by name."""
+        return self.trainable["sites"].get(path, {}) | self.frozen["sites"].get(path, {})
+
+    @property
+    def shared(self) -> FactorDict:
+        """Tensors that all sites share, trainable and frozen together, by name."""
+        return self.trainable["shared"] | self.frozen["shared"]
+
+    def with_trainable(self, trainable: dict[str, dict[str, Any]]) -> "Adapter":
+        """This adapter with other trainable tensors: what a loss differentiates."""
+        return dataclasses.replace(self, trainable=trainable)
+
+
+def is_adapter(node: Any) -> bool:
+    return isinstance(node, Adapter)
+
+
+def trainable_mask(tree: Tree) -> Tree:
+    """True at every trainable leaf of the adapters in `tree`, False elsewhere: a mask for optax.
+
+    For people who keep one tree, `{"base": base, "adapter": adapter}`, and freeze in the optimiser:
+    `optax.selective_transform(optax.adam(1e-3), freeze_mask=jax.tree.map(operator.not_, trainable_mask(tree)))`.
+    The step of this library differentiates only what trains instead; the result is the same.
+    """
+
+    def mask(node: Any) -> Any:
+        if not is_adapter(node):
+            return False
+        every = lambda value, part: jax.tree.map(lambda _: value, part)
+        return dataclasses.replace(node, trainable=every(True, node.trainable), frozen=every(False, node.frozen))
+
+    return jax.tree.map(mask, tree, is_leaf=is_adapter)
+
+
+def partition(tree: Tree) -> tuple[Tree, Tree]:
+    """`tree` as two trees of its structure: trainable leaves of adapters, and the rest; None marks a hole.
+
+    >>> adapter = Adapter({"full": {"w": 1.0}}, {"shared": {"c": 2.0}}, None, ())
+    >>> trainable, rest = partition(adapter)
+    >>> trainable.trainable, trainable.frozen
+    ({'full': {'w': 1.0}}, {'shared': {'c': None}})
+    >>> combine(trainable, rest) == adapter
+    True
+    """
+    mask = trainable_mask(tree)
+    trainable = jax.tree.map(lambda trains, leaf: leaf if trains else None, mask, tree)
+    rest = jax.tree.map(lambda trains, leaf: None if trains else leaf, mask, tree)
+    return trainable, rest
+
+
+def combine(*trees: Tree) -> Tree:
+    """The inverse of `partition`: at each leaf, the first tree that has one."""
+    first = lambda *leaves: next((leaf for leaf in leaves if leaf is not None), None)
+    return jax.tree.map(first, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def count(tree: Tree) -> int:
+    """Numbers in a pytree; of an adapter, the trainable ones."""
+    leaves = jax.tree.leaves(tree.trainable if is_adapter(tree) else tree)
+    return sum(math.prod(leaf.shape) for leaf in leaves)

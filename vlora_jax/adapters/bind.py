@@ -1,0 +1,260 @@
+"""Attach adapters to a Flax NNX model while tracing; the model's code knows nothing of them.
+
+`bind` wraps each adapted layer in an `Adapted` module whose tensors carry the layer axes of the kernel they
+belong to. A model that scans over its stacked layers therefore slices them together with its own parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.method import LowRank, Method, site_key
+from vlora_jax.adapters.sites import Site
+from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
+from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view
+from vlora_jax.errors import ConfigError, TargetError
+
+
+class Shared(nnx.Variable):
+    """A tensor that all layers use alike: it has no layer axis and is closed over in a scan."""
+
+
+class Adapted(nnx.Module):
+    """A linear layer with adapters on it; exists only inside a trace."""
+
+    def __init__(self, inner: nnx.Module, site: Site, parts: Sequence["Part"]):
+        self.inner = inner
+        self.site = site
+        self.methods = tuple(part.method for part in parts)
+        self.factors = nnx.data([{k: nnx.Param(v) for k, v in part.factors.items()} for part in parts])
+        self.shared = nnx.data([part.shared for part in parts])
+        self.keys = nnx.data([None if part.key is None else nnx.Param(part.key) for part in parts])
+
+    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+        site, layer = self.site, innermost(self)
+        axes = contracted_axes(layer, x)
+        if axes and axes == tuple(
+            range(x.ndim - len(axes), x.ndim)
+        ):  # flat products are the fast ones, above all on CPU
+            lead = x.shape[: x.ndim - len(axes)]
+            y = self.inner(x.reshape(-1, *site.in_shape), *args, **kwargs).reshape(*lead, *site.out_shape)
+        else:
+            y = self.inner(x, *args, **kwargs)
+        return self.add(x, y, {})
+
+    def add(self, x: Array, y: Array, products: dict[int, Array]) -> Array:
+        """`y` of the layer below, with this module's adapters added.
+
+        Args:
+          products: `x @ down` of the adapters for which it is known already, by their place in `methods`.
+        """
+        view = self._view(x, y)
+        change = sum(self._change(index, view, products.get(index)) for index in range(len(self.methods)))
+        return y + view.restore(change).astype(y.dtype)
+
+    def _view(self, x: Array, y: Array) -> View:
+        layer = innermost(self)
+        bias = getattr(layer, "bias", None)
+        bias = None if bias is None else bias.get_value()
+        if isinstance(layer, nnx.Embed):
+            return lookup_view(self.site, x, y)
+        if isinstance(layer, nnx.Einsum):
+            return einsum_view(self.site, x, y, layer.einsum_str or "", bias)
+        return dense_view(self.site, x, y, contracted_axes(layer, x), bias)
+
+    def _change(self, index: int, view: View, product: Array | None) -> Array:
+        method, factors, kernel = self.methods[index], self.part(index), self._kernel()
+        if product is not None and isinstance(method, LowRank):
+            return method.up(product, view.x, view.y, kernel, factors)
+        x, key = view.x, self.keys[index]
+        if key is not None and not isinstance(x, Lookup):
+            x = dropout(x, method.dropout, key.get_value())
+        return method.forward(x, view.y, kernel, factors)
+
+    def part(self, index: int) -> FactorDict:
+        """Tensors of one adapter at this site, its own and the shared ones."""
+        values = self.shared[index] | self.factors[index]
+        return {name: variable.get_value() for name, variable in values.items()}
+
+    def together(self, x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
+        """See `together`; models reach it through any module that has this method."""
+        return together(x, modules)
+
+    def attend(self, query: Array) -> Array:
+        """An embedding used as output head. Builds ΔW: `(vocabulary, features)` numbers."""
+        change = self._delta().astype(query.dtype)
+        return self.inner.attend(query) + query @ change.T
+
+    def _kernel(self) -> Array:
+        return self.site.matrix(getattr(self.inner, self.site.leaf).get_value())
+
+    def _delta(self) -> Array:
+        kernel = self._kernel()
+        return sum(method.delta(kernel, self.part(i)) for i, method in enumerate(self.methods))
+
+    def _merged(self) -> nnx.Param:
+        kernel = self._kernel()
+        merged = kernel.astype(jnp.float32) + self._delta()
+        return nnx.Param(self.site.kernel(merged).astype(kernel.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("inner", "site"):
+            raise AttributeError(name)
+        if name == self.site.leaf:  # a model that reads the kernel itself gets W + ΔW: right, but not factored
+            return self._merged()
+        return getattr(self.inner, name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share of one layer: its method for that site, tensors, and dropout keys or None."""
+
+    method: Method
+    factors: FactorDict
+    shared: dict[str, Shared]
+    key: Array | None = None
+
+
+def innermost(module: nnx.Module) -> nnx.Module:
+    """The layer below all adapters."""
+    return innermost(module.inner) if isinstance(module, Adapted) else module
+
+
+def contracted_axes(layer: nnx.Module, x: Array) -> tuple[int, ...]:
+    """The axes of `x` that a dense layer contracts; none for other layers."""
+    if not isinstance(layer, nnx.Linear | nnx.LinearGeneral):
+        return ()
+    return tuple(axis % x.ndim for axis in getattr(layer, "axis", (-1,)))
+
+
+def together(x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
+    """Dense layers applied to the same `x` `(…, in)`, their low-rank adapters sharing one product with it.
+
+    A few wide products are faster than many thin ones, on every backend.
+    """
+    if not any(isinstance(module, Adapted) for module in modules):
+        return tuple(module(x) for module in modules)
+    below = together(x, [module.inner if isinstance(module, Adapted) else module for module in modules])
+    lows = [
+        (module, index, method.down(module.part(index)))
+        for module in modules
+        if isinstance(module, Adapted)
+        for index, method in enumerate(module.methods)
+        if isinstance(method, LowRank) and module.keys[index] is None
+    ]
+    products: dict[int, dict[int, Array]] = {}
+    if len(lows) > 1:
+        flat = x.reshape(-1, x.shape[-1]).astype(below[0].dtype)
+        joint = flat @ jnp.concatenate([down for *_, down in lows], axis=-1).astype(flat.dtype)
+        ends = [sum(down.shape[-1] for *_, down in lows[:stop]) for stop in range(1, len(lows))]
+        for (module, index, _), product in zip(lows, jnp.split(joint, ends, axis=-1), strict=True):
+            products.setdefault(id(module), {})[index] = product
+    return tuple(
+        module.add(x, y, products.get(id(module), {})) if isinstance(module, Adapted) else y
+        for module, y in zip(modules, below, strict=True)
+    )
+
+
+def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArray | None = None) -> nnx.Module:
+    """A model with adapters attached; call it like the model itself, inside or outside of `jit`.
+
+    Args:
+      graphdef, base: the model, from `vlora_jax.split`.
+      adapters: any number; changes at one site add up.
+      key: switches the methods' dropout on; another mask for each site and layer.
+
+    Raises:
+      TargetError: an adapter has a site that this model does not.
+      ConfigError: two adapters train the same parameter whole.
+    """
+    leaves, full = flatten(base), {}
+    for adapter in adapters:
+        for path, value in adapter.trainable["full"].items():
+            if path in full:
+                raise ConfigError(f"two adapters train {path} whole; only one of them can be bound")
+            if path not in leaves:
+                raise TargetError(f"the adapter trains {path} whole, which this model does not have")
+            full[path] = value.astype(leaves[path].dtype)
+    model = nnx.merge(graphdef, replace_leaves(base, full))
+    parts: dict[str, list[Part]] = {}
+    sites: dict[str, Site] = {}
+    for index, adapter in enumerate(adapters):
+        shared = {name: Shared(value) for name, value in adapter.shared.items()}
+        for site in adapter.sites:
+            if site.leaf_path not in leaves:
+                raise TargetError(f"the adapter changes {site.leaf_path}, which this model does not have")
+            sites[site.path] = site
+            method = adapter.method.for_site(site)
+            keys = None
+            if key is not None and getattr(method, "dropout", 0.0) > 0:
+                keys = jax.random.split(site_key(jax.random.fold_in(key, index), site.path), site.stack)
+            parts.setdefault(site.path, []).append(Part(method, adapter.factors(site.path), shared, keys))
+    return attach(model, {path: (sites[path], parts[path]) for path in parts})
+
+
+def attach(model: nnx.Module, parts: dict[str, tuple[Site, list[Part]]]) -> nnx.Module:
+    """Wrap the layers at the given paths, wherever the model refers to them; changes `model` and returns it.
+
+    Below adapters that are there already: they see the kernel with this change, as if it were the base's.
+    """
+    wrapped: dict[int, Adapted] = {}
+    for path, (site, of_site) in parts.items():
+        layer = child(model, path)
+        if isinstance(layer, Adapted):
+            while isinstance(layer.inner, Adapted):
+                layer = layer.inner
+            layer.inner = Adapted(layer.inner, site, of_site)
+        else:
+            wrapped[id(layer)] = Adapted(layer, site, of_site)
+    if id(model) in wrapped:
+        return wrapped[id(model)]
+    if wrapped:
+        for _, node in list(nnx.iter_graph(model)):
+            if isinstance(node, dict | list):
+                for name, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+                    node[name] = wrapped.get(id(value), value)
+            elif isinstance(node, nnx.Pytree) and not isinstance(node, Adapted):
+                for name, value in list(vars(node).items()):
+                    if id(value) in wrapped:
+                        setattr(node, name, wrapped[id(value)])
+    return model
+
+
+def child(model: nnx.Module, path: str) -> Any:
+    """The submodule at a path such as `"layers/0/attn/q"`."""
+    node = model
+    for name in path.split("/") if path else ():
+        node = getattr(node, name) if hasattr(node, name) else node[int(name) if name.isdigit() else name]
+    return node
+
+
+def apply(
+    graphdef: nnx.GraphDef,
+    base: Tree,
+    adapters: Adapter | Sequence[Adapter] | None,
+    *args: Any,
+    key: PRNGKeyArray | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call a model with adapters: a pure function of its arguments, ready for `jit`, `grad`, `vmap` and `scan`.
+
+    Args:
+      graphdef, base: the model, from `vlora_jax.split`.
+      adapters: one, several (their changes add up) or None for the base alone.
+      args, kwargs: what the model takes.
+      key: switches the methods' dropout on.
+
+    >>> from vlora_jax import LoRA, init, split
+    >>> graphdef, base = split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    >>> adapter = init(LoRA(rank=2), jax.random.key(0), base)
+    >>> apply(graphdef, base, adapter, jnp.ones((1, 4))).shape
+    (1, 3)
+    """
+    several = () if adapters is None else (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
+    return bind(graphdef, base, *several, key=key)(*args, **kwargs)

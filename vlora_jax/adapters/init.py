@@ -1,0 +1,72 @@
+"""A new adapter for a model: select its sites, draw its tensors, copy what is trained whole."""
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.sites import Site, as_patterns, find_sites, select
+from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.errors import ConfigError, TargetError, nearest
+
+
+def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None = None) -> Adapter:
+    """A new adapter for a model.
+
+    Args:
+      method: what to attach and where, `LoRA(rank=16, alpha=32, targets="attention")`.
+      key: `jax.random.key`. Each site draws from a key of its own, so targets don't influence each other.
+      base: the model's parameters from `split`; shapes are enough unless the method reads the base's values.
+      sites: candidate kernels, if not `find_sites(base)`; Linen models pass `linen.find_sites(…)`.
+
+    Returns:
+      An `Adapter` in float32, shardable and differentiable like any pytree.
+
+    Raises:
+      TargetError: a pattern selects nothing.
+      ConfigError: the method cannot work on a selected site (rank above the kernel's smaller side).
+
+    >>> from flax import nnx
+    >>> from vlora_jax import LoRA, split
+    >>> graphdef, base = split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    >>> adapter = init(LoRA(rank=2), jax.random.key(0), base)
+    >>> count(adapter)
+    14
+    """
+    candidates = find_sites(base) if sites is None else sites
+    if sites is None:
+        _explain_unmarked(base, candidates)
+    chosen = select(candidates, method.targets, method.exclude)
+    adapter = method.init(key, chosen, base)
+    full = whole_leaves(method, base, chosen)
+    return adapter.with_trainable(adapter.trainable | {"full": full})
+
+
+def whole_leaves(method: Method, base: Tree, sites: list[Site]) -> dict[str, Any]:
+    """The base parameters that `method.full` names, as float32 copies keyed by leaf path."""
+    leaves, adapted = flatten(base), {site.leaf_path for site in sites}
+    full = {}
+    for pattern in as_patterns(method.full):
+        hits = [path for path in leaves if re.search(rf"(^|/)(?:{pattern})(/|$)", path)]
+        if not hits:
+            raise TargetError(f"full {pattern!r} matches no parameter; nearest: {', '.join(nearest(pattern, leaves))}")
+        clash = next((path for path in hits if path in adapted), None)
+        if clash:
+            raise ConfigError(f"{clash} is both adapted and trained whole; exclude it from one of them")
+        for path in hits:
+            floating = jnp.issubdtype(leaves[path].dtype, jnp.floating)
+            full[path] = leaves[path].astype(jnp.float32) if floating else leaves[path]
+    return full
+
+
+def _explain_unmarked(base: Tree, candidates: list[Site]) -> None:
+    known = {site.leaf_path for site in candidates}
+    unmarked = [p for p, leaf in flatten(base).items() if p.endswith("kernel") and p not in known and leaf.ndim > 2]
+    if unmarked and not candidates:
+        raise TargetError(
+            f"{unmarked[0]} has {flatten(base)[unmarked[0]].ndim} axes and nothing says which are layers, inputs or "
+            f"outputs; get the parameters with vlora_jax.split(model)"
+        )

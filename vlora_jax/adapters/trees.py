@@ -1,0 +1,58 @@
+"""Pytrees by path: one flat `{"a/b/kernel": leaf}` view of any parameter tree, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from vlora_jax.errors import CheckpointError, nearest
+
+Tree = Any
+
+
+def path_of(key_path: tuple) -> str:
+    """The path of a leaf as text; the `.value` that NNX appends for a Variable is left out."""
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Leaves of any pytree keyed by their path.
+
+    >>> flatten({"layers": {"kernel": 1, "bias": 2}})
+    {'layers/bias': 2, 'layers/kernel': 1}
+    """
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def unflatten(template: Tree, flat: Mapping[str, Any], what: str = "tree") -> Tree:
+    """`template` with every leaf taken from `flat`; the paths must be the same on both sides.
+
+    Raises:
+      CheckpointError: a path of either side is missing on the other.
+    """
+    paths = list(flatten(template))
+    missing, unexpected = [p for p in paths if p not in flat], [p for p in flat if p not in set(paths)]
+    if missing or unexpected:
+        hints = nearest((missing or unexpected)[0], flat if missing else paths)
+        raise CheckpointError(
+            f"{what}: {len(missing)} leaves missing {missing[:3]}, {len(unexpected)} unexpected "
+            f"{unexpected[:3]}; nearest names: {', '.join(hints)}"
+        )
+    return jax.tree.unflatten(jax.tree.structure(template), [flat[p] for p in paths])
+
+
+def replace_leaves(tree: Tree, values: Mapping[str, Any]) -> Tree:
+    """`tree` with the leaves at the given paths exchanged; every path must exist."""
+    if not values:
+        return tree
+    return unflatten(tree, flatten(tree) | dict(values))
+
+
+def variables(tree: Tree) -> dict[str, Any]:
+    """Like `flatten`, but an NNX Variable stays whole, so that its metadata can be read."""
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    return {path_of(path): leaf for path, leaf in leaves}

@@ -1,0 +1,76 @@
+"""A linear layer's call seen as matrices, whatever the layer's axes: what methods are written for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from vlora_jax.adapters.sites import Site
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """The input of an embedding: `x @ A` takes the rows `ids` of A, as a product with one-hot rows would."""
+
+    ids: Array
+    dtype: Any
+
+    def __matmul__(self, table: Array) -> Array:
+        return jnp.take(table, self.ids, axis=0)
+
+
+@dataclass(frozen=True)
+class View:
+    """Input `(tokens, in)`, output without bias `(tokens, out)`, and the way back to the output's own shape."""
+
+    x: Array | Lookup
+    y: Array
+    restore: Callable[[Array], Array]
+
+
+def lookup_view(site: Site, ids: Array, y: Array) -> View:
+    """An embedding `y = table[ids]`."""
+    return View(Lookup(ids.reshape(-1), y.dtype), y.reshape(-1, site.out_dim), lambda change: change.reshape(y.shape))
+
+
+def dense_view(site: Site, x: Array, y: Array, axes: tuple[int, ...], bias: Array | None) -> View:
+    """A dense layer that contracts `axes` of `x` and appends its output axes."""
+    trailing = tuple(range(-len(axes), 0))
+    flat = jnp.moveaxis(x, axes, trailing).reshape(-1, site.in_dim).astype(y.dtype)
+    bare = y.reshape(-1, site.out_dim)
+    if bias is not None:
+        bare = bare - bias.reshape(-1).astype(y.dtype)
+    return View(flat, bare, lambda change: change.reshape(y.shape))
+
+
+def einsum_view(site: Site, x: Array, y: Array, equation: str, bias: Array | None) -> View:
+    """An einsum layer, `"btd,ndh->btnh"`; `...` stands for any leading axes."""
+    equation = equation.replace(" ", "")
+    if "..." in equation:
+        named = len(equation.split(",")[0].replace("...", ""))
+        equation = equation.replace("...", "".join(chr(ord("A") + i) for i in range(x.ndim - named)))
+    terms, result = equation.split("->")
+    inputs, kernel = terms.split(",")
+    batch = "".join(name for name in inputs if name not in kernel)
+    contracted = "".join(kernel[axis] for axis in site.inputs)
+    emitted = "".join(kernel[axis] for axis in site.outputs)
+    sizes = dict(zip(inputs, x.shape, strict=True)) | dict(zip(emitted, site.out_shape, strict=True))
+    bare = y
+    if bias is not None:
+        bare = y - bias.reshape(tuple(sizes[name] if name in emitted else 1 for name in result)).astype(y.dtype)
+    return View(
+        jnp.einsum(f"{inputs}->{batch}{contracted}", x).reshape(-1, site.in_dim).astype(y.dtype),
+        jnp.einsum(f"{result}->{batch}{emitted}", bare).reshape(-1, site.out_dim),
+        lambda change: jnp.einsum(
+            f"{batch}{emitted}->{result}", change.reshape(tuple(sizes[name] for name in batch + emitted))
+        ),
+    )
+
+
+def dropout(x: Array, rate: float, key: PRNGKeyArray) -> Array:
+    """`x` with a share `rate` of its entries zeroed and the others scaled by 1 / (1 - rate)."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -1,0 +1,66 @@
+"""One exception class per kind of mistake, so that callers and the command line can tell them apart.
+
+Every message is one line that names the thing, the reason and the way out; the command line prints it
+without a traceback and exits with the class's `exit_code` (2: the input is wrong, 1: the run failed).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VloraError(ValueError):
+    """Base of every error that this library raises for a user's mistake or a failed run."""
+
+    exit_code = 2
+
+
+class ConfigError(VloraError):
+    """An unknown key, an impossible value or fields that contradict each other."""
+
+
+class TargetError(VloraError):
+    """A pattern that selects no site, or a site that no adapter can be attached to."""
+
+
+class DataError(VloraError):
+    """A data set that cannot be read or has nothing to train on."""
+
+
+class CheckpointError(VloraError):
+    """A checkpoint that is missing, torn, or holds other names, shapes, dtypes or values than expected."""
+
+
+class BaseMismatchError(VloraError):
+    """An adapter that was trained on another base model."""
+
+
+class ResumeError(VloraError):
+    """A run directory that cannot be continued with this config."""
+
+
+class ConversionError(VloraError):
+    """A merge or an export that cannot express what it is given."""
+
+
+class ResourceError(VloraError):
+    """Too little memory or disk, or a directory that cannot be written."""
+
+
+class NonFiniteError(VloraError):
+    """NaN or infinity in a loss or a gradient while training."""
+
+    exit_code = 1
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
+    """The `count` choices most like `word`, best first; never empty when there are choices.
+
+    >>> nearest("v_porj", ["layers/q_proj", "layers/v_proj", "head"], 1)
+    ['layers/v_proj']
+    """
+
+    def likeness(choice: str) -> float:
+        parts = [choice, *choice.split("/"), *choice.split(".")]
+        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
+
+    return sorted(sorted(choices), key=likeness, reverse=True)[:count]

@@ -1,0 +1,1 @@
+"""Flax NNX models whose layers are stacked and scanned."""

@@ -1,0 +1,164 @@
+"""A stack of equal layers run by `jax.lax.scan`: compile time and program size do not grow with depth."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from vlora_jax.adapters.bind import Shared, child
+from vlora_jax.adapters.method import site_key
+from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
+from vlora_jax.vertical.config import Vertical
+from vlora_jax.vertical.expand import dense_kernels
+from vlora_jax.vertical.plan import Choice, choose
+from vlora_jax.vertical.run import BaseKernel, Increments, Plan, run
+
+Remat = Literal["none", "full", "dots", "nested"]
+POLICIES: dict[str, Callable | None] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nested": None,
+}
+
+
+class Stack(nnx.Module):
+    """`layers` blocks with stacked parameters; vertical if told so.
+
+    Attributes:
+      block: one block whose parameters carry a leading layer axis. Kernels that a vertical stack shares carry its
+        compounds instead.
+      sites: the kernels that a vertical stack shares, by their path in a block; `stack` is that of its increments.
+      increments: a vertical stack's `{method: {target: {name: (compounds, increments, …)}}}`.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        layers: int,
+        *,
+        vertical: Vertical | None = None,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          make_block: builds one block from its random keys; any NNX module that maps `(h, *inputs)` to `h`.
+          layers: depth.
+          vertical: share kernels across depth.
+          remat: what the backward pass computes again: `"none"` nothing; `"full"` each layer, keeping its input;
+            `"dots"` each layer but for its matrix products; `"nested"` each layer and each compound, keeping one
+            input a compound (the least memory, one more forward pass).
+
+        Raises:
+          ConfigError: the compound size does not divide the depth.
+          TargetError: a vertical target selects no kernel of the block.
+        """
+        self.layers, self.vertical, self.remat = layers, vertical, remat
+        keys = jax.random.split(rngs.params(), layers)
+        graphdef, _ = split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        draw = jax.vmap(lambda key: dict(nnx.to_flat_state(split(make_block(nnx.Rngs(key)))[1])))
+        self.sites: tuple[Site, ...] = ()
+        if vertical is None:
+            leaves, increments = jax.jit(draw)(keys), {}
+        else:
+            kernels = find_sites(nnx.from_flat_state(list(jax.eval_shape(draw, keys).items())))
+            stack = (vertical.compounds(layers), vertical.increments)
+            self.sites = tuple(replace(site, stack=stack) for site in select(kernels, vertical.targets))
+            parameters = functools.partial(draw_vertical, vertical, self.sites, draw)
+            leaves, increments = jax.jit(parameters)(keys, rngs.params())
+        self.block = nnx.merge(graphdef, nnx.from_flat_state(list(leaves.items())))
+        self.increments = nnx.data(jax.tree.map(nnx.Param, increments))
+
+    def choices(self, tokens: int, train: bool) -> list[Choice]:
+        """How each target of a vertical stack is applied to this many tokens, and what decided it."""
+        if self.vertical is None or not self.vertical.enabled:
+            return []
+        return [choose(self.vertical, site, tokens, train) for site in self.sites]
+
+    def __call__(self, h: Any, *inputs: Any, train: bool = False) -> Any:
+        """All layers in turn.
+
+        Args:
+          h: `(…, features)`, what the first layer receives.
+          inputs: passed on to every layer as they are (positions, segments).
+          train: a vertical stack takes the form that is cheaper with a backward pass.
+        """
+        call = lambda block, h: block(h, *inputs)
+        layer_remat, compound_remat = self._remats()
+        if self.vertical is not None:
+            rows = math.prod(jax.tree.leaves(h)[0].shape[:-1])
+            factored = frozenset(c.path for c in self.choices(per_device(rows), train) if c.factored)
+            return run(
+                Plan(self.vertical, self.sites, factored),
+                self.block,
+                self._tensors(),
+                h,
+                call,
+                layer_remat,
+                compound_remat,
+            )
+        graphdef, shared, layers = nnx.split(self.block, Shared, ...)
+        body = layer_remat(lambda h, layer: call(nnx.merge(graphdef, shared, layer), h))
+        return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
+
+    def _tensors(self) -> Increments:
+        return jax.tree.map(lambda v: v.get_value(), self.increments, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+    def _remats(self) -> tuple[Callable, Callable]:
+        if self.remat == "none":
+            return (lambda f: f), (lambda f: f)
+        policy = POLICIES[self.remat]
+        # Inside a loop XLA cannot merge the recomputation with the first pass, so it needs no barrier.
+        wrap = lambda f: jax.checkpoint(f, prevent_cse=self.layers == 1, policy=policy)
+        return wrap, (wrap if self.remat == "nested" else lambda f: f)
+
+    def densify(self) -> None:
+        """Turn this stack into its dense twin, in place: one kernel a layer, no increments."""
+        vertical, increments = self.vertical, self._tensors()
+        for site in self.sites:
+            module = child(self.block, site.path)
+            stored = getattr(module, site.leaf)
+            kernels = dense_kernels(vertical, site, site.matrix(stored.get_value()), increments)
+            layout = Layout(site.kind, site.inputs, site.outputs)
+            setattr(module, site.leaf, nnx.Param(site.kernel(kernels).astype(stored.dtype), layout=layout))
+        self.vertical, self.sites = None, ()
+        self.increments = nnx.data({})
+
+
+def draw_vertical(vertical: Vertical, sites: Sequence[Site], draw: Callable, keys: Array, key: Array) -> tuple:
+    """Parameters of a vertical stack, drawn layer by layer like those of its dense twin.
+
+    Args:
+      draw: keys `(n,)` to the parameters of n blocks, `{path: Variable}`.
+      keys: one a layer. A compound's base kernel is the dense twin's of its first layer.
+      key: for the increments.
+
+    Returns:
+      The block's parameters by path, and the increments.
+    """
+    layers = len(keys)
+    first_layers = vertical.grid(jnp.arange(layers), layers)[:, 0]
+    every, bases = draw(keys), draw(keys[first_layers])  # jit drops what is used of neither
+    leaves, increments = dict(every), {method.name: {} for method in vertical.methods}
+    for site in sites:
+        path = tuple(site.leaf_path.split("/"))
+        leaves[path] = BaseKernel(bases[path].get_value(), layout=Layout(site.kind, site.inputs, site.outputs, layers))
+        for method in vertical.methods:
+            kernel = None
+            if method.reads_base:
+                base = site.matrix(bases[path].get_value())
+                kernel = jnp.broadcast_to(base[:, None], (*site.stack, *base.shape[1:]))
+            increments[method.name][site.path] = method.init_stack(site_key(key, site.path), site, kernel).trainable
+    return leaves, increments
+
+
+def per_device(tokens: int) -> int:
+    """Tokens of one device: batches are split over the mesh axes `data` and `fsdp`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return max(1, tokens // (mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)))
