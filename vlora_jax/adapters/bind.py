@@ -17,7 +17,7 @@ from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import LowRank, Method, site_key
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
-from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view
+from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view, thin
 from vlora_jax.errors import ConfigError, TargetError
 
 
@@ -151,7 +151,7 @@ def together(x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
     products: dict[int, dict[int, Array]] = {}
     if len(lows) > 1:
         flat = x.reshape(-1, x.shape[-1]).astype(below[0].dtype)
-        joint = flat @ jnp.concatenate([down for *_, down in lows], axis=-1).astype(flat.dtype)
+        joint = thin(flat, jnp.concatenate([down for *_, down in lows], axis=-1))
         ends = [sum(down.shape[-1] for *_, down in lows[:stop]) for stop in range(1, len(lows))]
         for (module, index, _), product in zip(lows, jnp.split(joint, ends, axis=-1), strict=True):
             products.setdefault(id(module), {})[index] = product

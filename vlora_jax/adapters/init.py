@@ -29,8 +29,9 @@ def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None
       TargetError: a pattern selects nothing.
       ConfigError: the method cannot work on a selected site (rank above the kernel's smaller side).
 
+    >>> import jax
     >>> from flax import nnx
-    >>> from vlora_jax import LoRA, split
+    >>> from vlora_jax import LoRA, count, split
     >>> graphdef, base = split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     >>> adapter = init(LoRA(rank=2), jax.random.key(0), base)
     >>> count(adapter)

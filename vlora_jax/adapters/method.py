@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.sites import Patterns, Site, select
 from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.adapters.view import thin
 from vlora_jax.errors import ConfigError, ConversionError, TargetError
 
 
@@ -169,7 +170,7 @@ class LowRank(SiteMethod):
         raise NotImplementedError
 
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
-        return self.up(x @ self.down(factors).astype(x.dtype), x, y, kernel, factors)
+        return self.up(thin(x, self.down(factors)), x, y, kernel, factors)
 
 
 def site_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:

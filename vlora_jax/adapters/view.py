@@ -70,6 +70,18 @@ def einsum_view(site: Site, x: Array, y: Array, equation: str, bias: Array | Non
     )
 
 
+def thin(x: Array | Lookup, a: Array) -> Array:
+    """`x @ a` for a narrow `a (in, r)`, in x's dtype.
+
+    The barrier keeps a transposed `a` in the program, so that its gradient is the product `gᵀ x (r, in)`. Left to
+    itself XLA asks for `xᵀ g (in, r)`, which runs at a sixth of the speed on CPU and costs a LoRA step 15 %.
+    """
+    if isinstance(x, Lookup):
+        return (x @ a).astype(x.dtype)
+    turned = jax.lax.optimization_barrier(a.T).astype(x.dtype)
+    return jax.lax.dot_general(x, turned, (((1,), (1,)), ((), ())))
+
+
 def dropout(x: Array, rate: float, key: PRNGKeyArray) -> Array:
     """`x` with a share `rate` of its entries zeroed and the others scaled by 1 / (1 - rate)."""
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

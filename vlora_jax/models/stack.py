@@ -20,11 +20,19 @@ from vlora_jax.vertical.plan import Choice, choose
 from vlora_jax.vertical.run import BaseKernel, Increments, Plan, run
 
 Remat = Literal["none", "full", "dots", "nested"]
-POLICIES: dict[str, Callable | None] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "nested": None,
-}
+WRITTEN_OUT = 4  # compounds up to this size are written out where activations are kept
+WIDE = 64  # inner size from which a product costs more to repeat than to keep
+
+
+def wide_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """A rematerialisation policy: keep matrix products, but repeat the thin ones of adapters and attention's."""
+    if primitive.name != "dot_general":
+        return False
+    (contracted, _), (batch, _) = parameters["dimension_numbers"]
+    return not batch and math.prod(arguments[0].shape[axis] for axis in contracted) >= WIDE
+
+
+POLICIES: dict[str, Callable | None] = {"full": None, "dots": wide_products, "nested": None}
 
 
 class Stack(nnx.Module):
@@ -94,15 +102,10 @@ class Stack(nnx.Module):
         if self.vertical is not None:
             rows = math.prod(jax.tree.leaves(h)[0].shape[:-1])
             factored = frozenset(c.path for c in self.choices(per_device(rows), train) if c.factored)
-            return run(
-                Plan(self.vertical, self.sites, factored),
-                self.block,
-                self._tensors(),
-                h,
-                call,
-                layer_remat,
-                compound_remat,
-            )
+            # A loop in a loop copies what is kept for the backward pass twice; small compounds do without the inner.
+            written_out = self.remat in ("none", "dots") and self.vertical.size <= WRITTEN_OUT
+            plan = Plan(self.vertical, self.sites, factored, layer_remat, compound_remat, written_out)
+            return run(plan, self.block, self._tensors(), h, call)
         graphdef, shared, layers = nnx.split(self.block, Shared, ...)
         body = layer_remat(lambda h, layer: call(nnx.merge(graphdef, shared, layer), h))
         return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]

@@ -17,7 +17,7 @@ from vlora_jax.adapters.sites import Site
 from vlora_jax.vertical.config import Vertical
 
 Increments = dict[str, dict[str, FactorDict]]  # method name → target → tensors
-Remat = Callable[[Callable], Callable]
+Wrap = Callable[[Callable], Callable]
 
 
 class BaseKernel(nnx.Param):
@@ -31,16 +31,19 @@ class Plan:
     Attributes:
       sites: the shared kernels, by their path in a block.
       factored: targets whose increments are applied as factors; the others build their kernel.
+      remat, compound_remat: wrap one layer, and one compound (of a cycle: one pass), for rematerialisation.
+      written_out: a compound's layers follow each other in the program instead of running in a loop.
     """
 
     vertical: Vertical
     sites: tuple[Site, ...]
     factored: frozenset[str]
+    remat: Wrap
+    compound_remat: Wrap
+    written_out: bool
 
 
-def run(
-    plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Callable, remat: Remat, outer: Remat
-) -> Any:
+def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Callable) -> Any:
     """Apply all layers of a vertical stack.
 
     Args:
@@ -48,9 +51,8 @@ def run(
       increments: tensors `(compounds, increments, …)`.
       h: what the first layer receives.
       call: `(block, h) → h`, one layer.
-      remat, outer: wrap one layer, and one compound (of a cycle: one pass), for rematerialisation.
     """
-    vertical = plan.vertical
+    vertical, remat, outer = plan.vertical, plan.remat, plan.compound_remat
     graphdef, kernels, shared, own = nnx.split(block, BaseKernel, Shared, ...)
     depth = jax.tree.leaves(kernels)[0].shape[0] * vertical.size
     own = jax.tree.map(lambda leaf: vertical.grid(leaf, depth), own)
@@ -72,6 +74,10 @@ def run(
         kernels, own, tensors = inputs
         if peel:
             h = first_layer(h, kernels, jax.tree.map(lambda leaf: leaf[0], own), tensors, 0)
+        if plan.written_out:
+            for index in range(int(peel), vertical.size):
+                h = later_layer(h, kernels, jax.tree.map(lambda leaf: leaf[index], own), tensors, index)  # noqa: B023
+            return h, None
         step = lambda h, inputs: (later_layer(h, kernels, inputs[1], tensors, inputs[0]), None)
         return jax.lax.scan(step, h, (later, jax.tree.map(lambda leaf: leaf[int(peel) :], own)))
 

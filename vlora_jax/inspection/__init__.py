@@ -1,0 +1,1 @@
+"""Look into adapters, checkpoints and compiled programs."""
