@@ -9,9 +9,18 @@ from collections.abc import Iterable
 
 
 class VloraError(ValueError):
-    """Base of every error that this library raises for a user's mistake or a failed run."""
+    """Base of every error that this library raises for a user's mistake or a failed run.
+
+    Attributes:
+      exit_code: what the command line returns; the class's, unless the case at hand says otherwise.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, exit_code: int | None = None):
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class ConfigError(VloraError):

@@ -1,6 +1,5 @@
 """A new adapter for a model: select its sites, draw its tensors, copy what is trained whole."""
 
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ from jaxtyping import PRNGKeyArray
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site, as_patterns, find_sites, select
-from vlora_jax.adapters.trees import Tree, flatten
-from vlora_jax.errors import ConfigError, TargetError, nearest
+from vlora_jax.adapters.trees import Tree, flatten, matching
+from vlora_jax.errors import ConfigError, TargetError
 
 
 def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None = None) -> Adapter:
@@ -48,18 +47,15 @@ def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None
 
 def whole_leaves(method: Method, base: Tree, sites: list[Site]) -> dict[str, Any]:
     """The base parameters that `method.full` names, as float32 copies keyed by leaf path."""
-    leaves, adapted = flatten(base), {site.leaf_path for site in sites}
+    leaves = {path: leaf for path, leaf in flatten(base).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    adapted = {site.leaf_path for site in sites}
     full = {}
     for pattern in as_patterns(method.full):
-        hits = [path for path in leaves if re.search(rf"(^|/)(?:{pattern})(/|$)", path)]
-        if not hits:
-            raise TargetError(f"full {pattern!r} matches no parameter; nearest: {', '.join(nearest(pattern, leaves))}")
+        hits = matching(pattern, leaves, "full")
         clash = next((path for path in hits if path in adapted), None)
         if clash:
             raise ConfigError(f"{clash} is both adapted and trained whole; exclude it from one of them")
-        for path in hits:
-            floating = jnp.issubdtype(leaves[path].dtype, jnp.floating)
-            full[path] = leaves[path].astype(jnp.float32) if floating else leaves[path]
+        full |= {path: leaves[path].astype(jnp.float32) for path in hits}
     return full
 
 

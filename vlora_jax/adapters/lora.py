@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, LowRank, by_pattern, check_patterns
+from vlora_jax.adapters.method import Factors, LowRank, by_pattern, check_patterns, check_type
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError
@@ -53,18 +53,16 @@ class LoRA(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for where, rank in ((None, self.rank), *self.rank_pattern):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ConfigError(f"lora: {_field('rank', where)} is {rank!r}; it must be a whole number of at least 1")
-        for where, alpha in ((None, self.alpha), *self.alpha_pattern):
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-                raise ConfigError(f"lora: {_field('alpha', where)} is {alpha!r}; it must be a finite number")
+        for where, rank in (("rank", self.rank), *_named("rank_pattern", self.rank_pattern)):
+            check_type(f"lora: {where}", rank, int)
+            if rank < 1:
+                raise ConfigError(f"lora: {where} is {rank}; it must be at least 1")
+        for where, alpha in _named("alpha_pattern", self.alpha_pattern):
+            check_type(f"lora: {where}", alpha, float)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"lora: dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.b_rate <= 0:
             raise ConfigError(f"lora: b_rate is {self.b_rate}; it must be positive")
-        if self.start not in Start.__args__:
-            raise ConfigError(f"lora: start is {self.start!r}; it must be one of {', '.join(Start.__args__)}")
 
     @property
     def scale(self) -> float:
@@ -121,5 +119,5 @@ class LoRA(LowRank):
         return {"b": self.b_rate}
 
 
-def _field(name: str, pattern: str | None) -> str:
-    return name if pattern is None else f"{name}_pattern[{pattern!r}]"
+def _named(field: str, table: Any) -> list[tuple[str, Any]]:
+    return [(f"{field}[{pattern!r}]", value) for pattern, value in table]

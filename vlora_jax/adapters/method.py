@@ -7,9 +7,9 @@ checkpoints, inspection) is written once over this contract.
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
@@ -63,8 +63,9 @@ class Method:
                 object.__setattr__(self, each.name, tuple(value))
             if isinstance(value, Mapping):
                 object.__setattr__(self, each.name, tuple(value.items()))
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{self.name}: {each.name} is {value}; it must be a finite number")
+            if each.name.endswith("_pattern") and not isinstance(value, list | tuple | Mapping):
+                raise ConfigError(f"{self.name}: {each.name} is {value!r}; it must map patterns to values")
+            check_type(f"{self.name}: {each.name}", value, each.type)
 
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         """A new adapter on `sites`; sees all of them at once, for shared tensors and SVD starts."""
@@ -124,7 +125,9 @@ class Method:
 
     def config(self) -> dict[str, Any]:
         """This method as plain JSON values; `vlora_jax.adapters.registry.from_config` reads it back."""
-        return {"method": self.name, **dataclasses.asdict(self)}
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        tables = {name: dict(value) for name, value in values.items() if name.endswith("_pattern")}
+        return {"method": self.name, **values, **tables}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +174,22 @@ class LowRank(SiteMethod):
 
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
         return self.up(thin(x, self.down(factors)), x, y, kernel, factors)
+
+
+def check_type(what: str, value: Any, kind: Any) -> None:
+    """Raises ConfigError unless a hyper-parameter has the type of its field and is finite."""
+    if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ConfigError(f"{what} is {value!r}; it must be a whole number")
+    if kind is float and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
+        raise ConfigError(f"{what} is {value!r}; it must be a finite number")
+    if kind is bool and not isinstance(value, bool):
+        raise ConfigError(f"{what} is {value!r}; it must be true or false")
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
+    if kind in (Patterns, Patterns | None):
+        texts = (value,) if isinstance(value, str) or value is None else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str | None) for text in texts):
+            raise ConfigError(f"{what} is {value!r}; it must be a pattern or a list of patterns")
 
 
 def site_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:

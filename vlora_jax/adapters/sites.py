@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from vlora_jax.adapters.trees import Tree, variables
-from vlora_jax.errors import ConversionError, TargetError, nearest
+from vlora_jax.adapters.trees import Tree, matching, variables
+from vlora_jax.errors import ConversionError, TargetError
 
 Patterns = str | Sequence[str]
 
@@ -193,15 +193,17 @@ def find_sites(base: Tree) -> list[Site]:
     return sites
 
 
-def _matches(pattern: str, site: Site) -> bool:
-    linear = site.kind != "embed"
-    if pattern == "attention":
-        return linear and bool(ATTENTION.search(site.path))
-    if pattern == "mlp":
-        return linear and bool(MLP.search(site.path)) and not ATTENTION.search(site.path)
-    if pattern == "all-linear":
-        return linear and not HEAD.search(site.path)
-    return bool(re.search(rf"(^|/)(?:{pattern})(/|$)", site.path))
+def _hits(pattern: str, sites: list[Site], what: str) -> list[Site]:
+    linear = [site for site in sites if site.kind != "embed"]
+    presets = {
+        "attention": [site for site in linear if ATTENTION.search(site.path)],
+        "mlp": [site for site in linear if MLP.search(site.path) and not ATTENTION.search(site.path)],
+        "all-linear": [site for site in linear if not HEAD.search(site.path)],
+    }
+    if presets.get(pattern):
+        return presets[pattern]
+    hits = set(matching(pattern, [site.path for site in sites], what))
+    return [site for site in sites if site.path in hits]
 
 
 def as_patterns(patterns: Patterns | None) -> tuple[str, ...]:
@@ -224,18 +226,8 @@ def select(sites: Iterable[Site], targets: Patterns, exclude: Patterns | None = 
         expression, or nothing is left.
     """
     sites = list(sites)
-    chosen: set[Site] = set()
-    dropped: set[Site] = set()
-    for name, patterns, into in (("target", as_patterns(targets), chosen), ("exclude", as_patterns(exclude), dropped)):
-        for pattern in patterns:
-            try:
-                hits = [site for site in sites if _matches(pattern, site)]
-            except re.error as error:
-                raise TargetError(f"{name} {pattern!r} is not a regular expression: {error}") from None
-            if not hits:
-                hints = ", ".join(nearest(pattern, [site.path for site in sites])) or "the model has no linear layer"
-                raise TargetError(f"{name} {pattern!r} matches no site; nearest: {hints}")
-            into.update(hits)
+    chosen = {site for pattern in as_patterns(targets) for site in _hits(pattern, sites, "target")}
+    dropped = {site for pattern in as_patterns(exclude) for site in _hits(pattern, sites, "exclude")}
     selected = [site for site in sites if site in chosen - dropped]
     if not selected:
         raise TargetError(

@@ -1,12 +1,13 @@
 """Pytrees by path: one flat `{"a/b/kernel": leaf}` view of any parameter tree, and back."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from vlora_jax.errors import CheckpointError, nearest
+from vlora_jax.errors import CheckpointError, TargetError, nearest
 
 Tree = Any
 
@@ -56,3 +57,33 @@ def variables(tree: Tree) -> dict[str, Any]:
     is_variable = lambda node: isinstance(node, nnx.Variable)
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
     return {path_of(path): leaf for path, leaf in leaves}
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches one or more whole components of a path.
+
+    >>> matches("q|v", "layers/attn/q"), matches("attn", "layers/attn/q"), matches("att", "layers/attn/q")
+    (True, True, False)
+    """
+    return bool(re.search(rf"(^|/)(?:{pattern})(/|$)", path))
+
+
+def matching(pattern: str, paths: Iterable[str], what: str) -> list[str]:
+    """The paths that a pattern matches.
+
+    Args:
+      what: names the pattern's role in errors.
+
+    Raises:
+      TargetError: it matches none, or is no regular expression.
+    """
+    paths = list(paths)
+    try:
+        hits = [path for path in paths if matches(pattern, path)]
+    except re.error as error:
+        raise TargetError(f"{what} {pattern!r} is not a regular expression: {error}") from None
+    if not hits:
+        raise TargetError(
+            f"{what} {pattern!r} matches nothing; nearest: {', '.join(nearest(pattern, paths)) or 'none'}"
+        )
+    return hits

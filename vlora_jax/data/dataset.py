@@ -1,0 +1,41 @@
+"""What every data set offers, whatever it holds."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Example = dict[str, np.ndarray]
+Task = Literal["classification", "next_token"]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Two random-access sources of examples.
+
+    Attributes:
+      task: `"classification"`: examples have `image` and `label`; `"next_token"`: `tokens`, `targets` and `mask`,
+        all `(length,)`. Every example has its number in its source as `id`.
+      augment: changes a training example with a NumPy generator that depends on the run's seed and the place of
+        the example in the data order alone.
+      facts: what a model must fit: `classes` and `image`, or `vocabulary`.
+    """
+
+    name: str
+    task: Task
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    fingerprint: str
+    augment: Callable[[Example, np.random.Generator], Example] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(*arrays: np.ndarray) -> str:
+    """A short hash of the exact contents of a data set."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(str((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Devices: meshes, and how parameters and batches lie on them."""

@@ -1,0 +1,105 @@
+"""Where each tensor lies on the mesh, by rule from what its axes mean.
+
+A kernel's inputs lie over `fsdp` and its outputs over `tensor`; layers that end a residual branch are turned
+round, so that a branch needs one reduction. Adapters follow their kernel but leave `fsdp` out: they are small,
+and gathering them would cost more than it saves. Ranks and layer axes are never split.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.sites import Site, find_sites
+from vlora_jax.adapters.trees import Tree, flatten, unflatten
+from vlora_jax.distributed.mesh import BATCH_AXES
+
+CLOSING = re.compile(r"(^|/)(o|down|out|proj|fc2|wo|(o|down|out)_proj)$")
+
+
+def fit(size: int, axis: str | None, mesh: Mesh) -> str | None:
+    """`axis` if it divides `size`, else None: that dimension is replicated."""
+    return axis if axis is not None and size % mesh.shape[axis] == 0 else None
+
+
+def site_axes(site: Site) -> tuple[str, str]:
+    """Mesh axes of a site's inputs and outputs."""
+    closing = site.kind == "embed" or bool(CLOSING.search(site.path))
+    return ("tensor", "fsdp") if closing else ("fsdp", "tensor")
+
+
+def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Spec of a stored kernel: the first input and the first output axis are split."""
+    stack = len(shape) - len(site.shape)
+    parts: list[str | None] = [None] * len(shape)
+    for axis, name in zip((site.inputs[0], site.outputs[0]), site_axes(site), strict=True):
+        parts[stack + axis] = fit(shape[stack + axis], name, mesh)
+    return P(*parts)
+
+
+def base_specs(base: Tree, mesh: Mesh) -> Tree:
+    """Specs for a model's parameters; what is no kernel is replicated."""
+    sites = {site.leaf_path: site for site in find_sites(base)}
+    flat = {
+        path: kernel_spec(sites[path], leaf.shape, mesh) if path in sites else P()
+        for path, leaf in flatten(base).items()
+    }
+    return unflatten(base, flat)
+
+
+def adapter_specs(adapter: Adapter, mesh: Mesh) -> Adapter:
+    """Specs for an adapter, in an adapter's form.
+
+    A site's tensor that has the kernel's inputs or outputs as its last two dims follows the kernel there.
+    """
+    specs = jax.tree.map(lambda _: P(), adapter)
+    for site in adapter.sites:
+        names = {site.in_dim: site_axes(site)[0], site.out_dim: site_axes(site)[1]}
+        for part, target in ((adapter.trainable, specs.trainable), (adapter.frozen, specs.frozen)):
+            for name, leaf in part["sites"].get(site.path, {}).items():
+                layers = (None,) * len(site.stack)
+                core = leaf.shape[len(site.stack) :]
+                axes = [names.get(size) for size in core]
+                kept = [
+                    fit(size, axis if axis == "tensor" else None, mesh) for size, axis in zip(core, axes, strict=True)
+                ]
+                kept = [axis if axis not in kept[:i] else None for i, axis in enumerate(kept)]
+                target["sites"][site.path][name] = P(*layers, *kept)
+    return specs
+
+
+def like_parameters(tx: optax.GradientTransformation, opt_state: Tree, specs: Tree) -> Tree:
+    """Specs for an optimiser's state: like the parameters it belongs to, scalars replicated."""
+    return optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P(), is_leaf=is_spec
+    )
+
+
+def is_spec(node: Any) -> bool:
+    return isinstance(node, P)
+
+
+def shardings(specs: Tree, mesh: Mesh) -> Tree:
+    """Specs bound to a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays `(micro-batches, examples, …)`."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def bytes_per_device(tree: Tree, specs: Tree, mesh: Mesh) -> int:
+    """Bytes of a tree on one device."""
+    total = 0
+    for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
+        ways = math.prod(
+            mesh.shape[axis] for part in spec if part for axis in ((part,) if isinstance(part, str) else part)
+        )
+        total += leaf.size * leaf.dtype.itemsize // ways
+    return total

@@ -1,0 +1,1 @@
+"""Configuration, the step, and the loop around it."""

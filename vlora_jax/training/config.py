@@ -1,0 +1,283 @@
+"""The configuration of a run: YAML files, `key.sub=value` overrides, one error line for a mistake."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from vlora_jax.errors import ConfigError
+from vlora_jax.models.decoder import DecoderConfig
+from vlora_jax.models.vit import ViTConfig
+from vlora_jax.training.optimizers import OptimizerConfig
+from vlora_jax.vertical.config import MethodField, Vertical
+
+ModelConfig = Annotated[ViTConfig | DecoderConfig, Discriminator("family")]
+TAGS = ("name", "family", "method")  # keys that say which of several sections this is
+ANYTIME = {"anytime": True}  # may change between a run's start and its continuation
+
+
+class Section(BaseModel):
+    """Strict and immutable, like all of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DigitsConfig(Section):
+    """Handwritten digits, as images."""
+
+    name: Literal["digits"] = "digits"
+    batch: PositiveInt = Field(64, description="examples a micro-batch, over all devices")
+    augment: bool = Field(True, description="shift training images by up to a pixel")
+
+
+class PystdlibConfig(Section):
+    """The standard library of the running Python, as bytes."""
+
+    name: Literal["pystdlib"] = "pystdlib"
+    batch: PositiveInt = Field(16, description="windows a micro-batch, over all devices")
+    part: Literal["code", "prose"] = Field("code", description="source files, or the manual's prose")
+    length: PositiveInt = Field(256, description="tokens a window")
+
+
+DataConfig = Annotated[DigitsConfig | PystdlibConfig, Discriminator("name")]
+
+
+class EvaluateConfig(Section):
+    """When to look at held-out data, and what to conclude."""
+
+    every: PositiveInt = Field(250, description="steps")
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a new best")
+    batch: PositiveInt = Field(120, description="examples at a time", json_schema_extra=ANYTIME)
+
+
+class CheckpointConfig(Section):
+    """When to save. The best step by `evaluate.metric` is kept as well."""
+
+    every: PositiveInt = Field(250, description="steps", json_schema_extra=ANYTIME)
+    keep: int = Field(2, ge=2, description="newest checkpoints that stay", json_schema_extra=ANYTIME)
+
+
+class LogConfig(Section):
+    """What to write down while training."""
+
+    every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl", json_schema_extra=ANYTIME)
+    tensorboard: bool = Field(True, json_schema_extra=ANYTIME)
+    progress: bool = Field(True, description="a live bar on a terminal", json_schema_extra=ANYTIME)
+
+
+class MeshConfig(Section):
+    """Devices along each axis; one axis may be -1, which takes what the others leave."""
+
+    data: int = Field(-1, json_schema_extra=ANYTIME)
+    fsdp: int = Field(1, json_schema_extra=ANYTIME)
+    tensor: int = Field(1, json_schema_extra=ANYTIME)
+
+
+VARIANTS: dict[str, type[BaseModel]] = {
+    "vit": ViTConfig,
+    "decoder": DecoderConfig,
+    "digits": DigitsConfig,
+    "pystdlib": PystdlibConfig,
+}
+
+
+class RunConfig(Section):
+    """One run. The defaults train the embedded VLoRA Vision Transformer on digits."""
+
+    run_dir: str = Field("runs/digits", json_schema_extra=ANYTIME)
+    seed: NonNegativeInt = 0
+    model: ModelConfig | None = Field(
+        default_factory=lambda: ViTConfig(vertical=Vertical()), description="null: that of init_from"
+    )
+    init_from: str | None = Field(None, description="a run directory whose best checkpoint gives the parameters")
+    adapter: MethodField | None = Field(None, description="train this on the frozen model; null: train the model")
+    data: DataConfig = DigitsConfig()
+    steps: PositiveInt = 1500
+    accumulate: PositiveInt = Field(1, description="micro-batches a step")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.model is None and self.init_from is None:
+            raise ValueError("model is null: give a model, or init_from to take one from a run")
+        if self.model is not None and self.model.vertical is not None:
+            self.model.vertical.compounds(self.model.layers)
+        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh {sizes} must be sizes of at least 1, at most one of them -1")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """Everything as JSON values, methods included."""
+        return self.model_dump(mode="json")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a continued run the same run, by dotted key; the rest may change at any time."""
+        flat = flat_keys(self.plain())
+        schema = anytime_keys(RunConfig)
+        kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{k}.") for k in schema)}
+        if self.optimizer.schedule == "constant":
+            kept.pop("steps")  # nothing that was done depends on how long it goes on
+        return kept
+
+
+def load_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
+    """A config from a YAML file (or the defaults) with overrides applied.
+
+    Args:
+      path: a YAML file; None for the embedded digits run.
+      overrides: `"optimizer.rate=1e-3"`; values are YAML. `null` empties a key.
+
+    Raises:
+      ConfigError: the file is missing or no YAML, a key is unknown (the nearest is named), a value impossible.
+    """
+    values = RunConfig().plain() if path is None else read_yaml(path)
+    for key, value in sorted(map(parse_override, overrides), key=lambda pair: pair[0].rpartition(".")[2] not in TAGS):
+        set_key(values, key, value)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path or 'config'}: {explain(error)}") from None
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Key and value of `"key.sub=value"`.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} must look like key.sub=value")
+    try:
+        return key.strip(), yaml.load(text, Loader=Numbers)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+
+
+class Numbers(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
+
+
+Numbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+      ConfigError: it is missing, unreadable, or holds something else.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Numbers)
+    except FileNotFoundError:
+        nearby = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = difflib.get_close_matches(str(path), nearby, 1, 0)
+        raise ConfigError(f"{path} does not exist" + (f"; nearest: {hint[0]}" if hint else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: {getattr(error, 'problem', None) or 'not a YAML file'}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
+    return values
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dictionaries, making them on the way.
+
+    A new `name`, `family` or `method` empties its section: the other keys belonged to the old one.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    if last in TAGS and parents and values.get(last) not in (None, value):
+        values.clear()
+    values[last] = value
+
+
+def flat_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries by dotted key.
+
+    >>> flat_keys({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
+    flat = {}
+    for key, value in values.items():
+        inner = flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= inner
+    return flat
+
+
+def anytime_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of the fields that may change between a run's start and its continuation."""
+    keys = []
+    for name, info in section.model_fields.items():
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("anytime"):
+            keys.append(prefix + name)
+        elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += anytime_keys(info.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line: the first mistake, with the nearest valid key."""
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"] if part not in VARIANTS]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        names = keys_at(RunConfig, [str(part) for part in first["loc"][:-1]])
+        near = difflib.get_close_matches(parts[-1], names, 1, 0)
+        prefix = "".join(f"{part}." for part in parts[:-1])
+        return f"unknown key {key!r}" + (f"; nearest: {prefix + near[0]!r}" if near else "")
+    if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        context = first["ctx"]
+        tag, options = context["discriminator"].strip("'"), context.get("expected_tags") or "vit, decoder"
+        return f"{key}.{tag}: {context['tag']!r} is none of {options}" if "tag" in context else f"{key} needs a {tag}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | None) else ""
+    return f"{key}: {message}{shown}" if key else message
+
+
+def keys_at(section: type[BaseModel], location: list[str]) -> list[str]:
+    """Field names of the section at a pydantic error's location."""
+    for part in location:
+        section = VARIANTS[part] if part in VARIANTS else models_in(section.model_fields[part].annotation)[0]
+    return sorted(section.model_fields)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return [model for inner in get_args(annotation) for model in models_in(inner)]
+    return []

@@ -1,0 +1,101 @@
+"""The optax chain of a run: clip, adapt, decay, schedule, rates of groups."""
+
+from typing import Annotated, Any, Literal
+
+import optax
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+
+from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.trees import Tree, flatten, matching, unflatten
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(BaseModel):
+    """An optimiser with its schedule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
+    rate: PositiveFloat = Field(2e-3, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: NonNegativeInt = Field(100, description="steps of linear growth from 0")
+    end: NonNegativeFloat = Field(0.0, description="final rate as a share of the peak; not for constant")
+    decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay; biases and norm scales have none")
+    clip: PositiveFloat | None = Field(1.0, description="global norm of the gradient of what trains")
+    b1: Share = 0.9
+    b2: Share = 0.999
+    eps: PositiveFloat = 1e-8
+    groups: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="rate relative to the peak for trained parameters that a pattern matches"
+    )
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step."""
+    warmup = min(config.warmup, steps)
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.rate, rest, alpha=config.end),
+        "linear": optax.linear_schedule(config.rate, config.rate * config.end, rest),
+        "constant": optax.constant_schedule(config.rate),
+    }[config.schedule]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
+
+
+def optimizer(
+    config: OptimizerConfig, steps: int, trainable: Tree, adapter: Adapter | None
+) -> optax.GradientTransformation:
+    """The transformation of gradients of `trainable`, and of nothing else: the clipped norm is that of what trains.
+
+    Args:
+      trainable: the tree that is differentiated, or its shapes.
+      adapter: it belongs to; its method may give groups of its own.
+
+    Raises:
+      TargetError: a group's pattern matches nothing.
+    """
+    scale = {
+        "adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
+        "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
+        "sgd": lambda: optax.trace(config.b1),
+        "adafactor": lambda: optax.scale_by_factored_rms(),
+    }[config.name]
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        scale(),
+        optax.add_decayed_weights(config.decay, mask=decayed) if config.decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+        scale_by(rates(config, trainable, adapter)),
+    )
+
+
+def decayed(params: Tree) -> Tree:
+    """True for matrices, False for biases and norm scales, stacked or not."""
+    return unflatten(params, {path: path.rsplit("/", 1)[-1] not in ("bias", "scale") for path in flatten(params)})
+
+
+def rates(config: OptimizerConfig, trainable: Tree, adapter: Adapter | None) -> dict[str, float]:
+    """Relative learning rate of each trained leaf: its method's for its group, times the config's for its path."""
+    paths = list(flatten(trainable))
+    relative = dict.fromkeys(paths, 1.0)
+    if adapter is not None:
+        by_group = adapter.method.rates()
+        relative = {path: by_group.get(group, 1.0) for path, group in flatten(adapter.method.groups(adapter)).items()}
+    for pattern, rate in config.groups.items():
+        for path in matching(pattern, paths, "optimizer.groups"):
+            relative[path] *= rate
+    return relative
+
+
+def scale_by(relative: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply each leaf's update by its own factor."""
+    if all(rate == 1.0 for rate in relative.values()):
+        return optax.identity()
+
+    def update(updates: Tree, params: Any = None) -> Tree:
+        return unflatten(updates, {path: leaf * relative[path] for path, leaf in flatten(updates).items()})
+
+    return optax.stateless(update)

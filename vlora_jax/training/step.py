@@ -1,0 +1,147 @@
+"""The train step: the loss is differentiated with respect to what trains, and nothing else.
+
+The base goes in, is never returned and never differentiated. A step is one compiled program with donated state.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.bind import bind
+from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.training.loss import Loss, Sums
+
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step.
+
+    Attributes:
+      step: updates done.
+      trainable: what the loss is differentiated by: `adapter.trainable`, or all parameters of the model.
+      frozen: `adapter.frozen`, which a method's own rule may change; empty without an adapter.
+      opt_state: of optax.
+      key: of dropout.
+    """
+
+    step: Array
+    trainable: Tree
+    frozen: Tree
+    opt_state: Tree
+    key: PRNGKeyArray
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a model as a whole, or an adapter on a frozen one.
+
+    Attributes:
+      graphdef: the model's graph.
+      adapter: a template for its method and sites; None to train all parameters.
+      loss: sums of a model's loss over a batch.
+    """
+
+    graphdef: nnx.GraphDef
+    adapter: Adapter | None
+    loss: Loss
+
+    def adapter_of(self, trainable: Tree, frozen: Tree) -> Adapter:
+        """The adapter with these tensors."""
+        return dataclasses.replace(self.adapter, trainable=trainable, frozen=frozen)  # type: ignore[type-var]
+
+    def model(self, trainable: Tree, frozen: Tree, base: Tree, key: PRNGKeyArray | None = None) -> nnx.Module:
+        """The model, ready to call.
+
+        Args:
+          base: frozen parameters; without an adapter, the variables that are no parameters.
+          key: switches dropout on.
+        """
+        if self.adapter is None:
+            return nnx.merge(self.graphdef, trainable, base)
+        return bind(self.graphdef, base, self.adapter_of(trainable, frozen), key=key)
+
+    def start(self, params: Tree, tx: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+        """The state before the first step, `params` being an `Adapter` or all parameters."""
+        trainable, frozen = (params.trainable, params.frozen) if isinstance(params, Adapter) else (params, {})
+        return TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable), key)
+
+
+def train_step(subject: Subject, tx: optax.GradientTransformation) -> Callable[[TrainState, Tree, Batch], tuple]:
+    """`(state, base, batch) → (state, metrics)`, compiled, the state donated.
+
+    Arrays of the batch are `(micro-batches, examples, …)`. Losses are summed over all micro-batches and divided by
+    the sum of their weights, so that K micro-batches equal one batch, whatever their weights. A step whose loss or
+    gradient is not finite changes nothing; `metrics["finite"]` says which: the loss first, then the trained
+    leaves in the order of `leaf_names`.
+    """
+
+    def step(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["id"].shape[0])
+
+        def sums_of(trainable: Tree, micro: Batch, key: PRNGKeyArray) -> tuple[Array, Sums]:
+            sums = subject.loss(subject.model(trainable, state.frozen, base, key), micro, True)
+            return sums["loss"], sums
+
+        gradient = jax.grad(sums_of, has_aux=True)
+
+        def accumulate(total: tuple, inputs: tuple) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.trainable, *inputs)), None
+
+        first = gradient(state.trainable, jax.tree.map(lambda leaf: leaf[0], batch), keys[0])
+        rest = jax.tree.map(lambda leaf: leaf[1:], (batch, keys))
+        (grads, sums), _ = jax.lax.scan(accumulate, first, rest) if len(keys) > 1 else (first, None)
+        weight = jnp.maximum(sums["weight"], 1e-8)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        loss = sums["loss"] / weight
+        if subject.adapter is not None and type(subject.adapter.method).penalty is not Method.penalty:
+            penalty, slope = jax.value_and_grad(_penalty)(state.trainable, subject, state.frozen)
+            loss, grads = loss + penalty, jax.tree.map(jnp.add, grads, slope)
+        flags = [jnp.isfinite(loss)] + [jnp.isfinite(leaf).all() for leaf in flatten(grads).values()]
+        finite = jnp.stack(flags)
+        new = _update(subject, tx, state, grads)
+        state = jax.tree.map(lambda new, old: jnp.where(finite.all(), new, old), new, state)
+        metrics = {"loss": loss, "accuracy": sums["correct"] / weight, "weight": sums["weight"]}
+        return state, metrics | {"gradient_norm": optax.tree.norm(grads), "finite": finite}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _penalty(trainable: Tree, subject: Subject, frozen: Tree) -> Array:
+    adapter = subject.adapter_of(trainable, frozen)
+    return jnp.asarray(adapter.method.penalty(adapter), jnp.float32)
+
+
+def _update(subject: Subject, tx: optax.GradientTransformation, state: TrainState, grads: Tree) -> TrainState:
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable, frozen = optax.apply_updates(state.trainable, updates), state.frozen
+    if subject.adapter is not None:
+        adapter = subject.adapter_of(trainable, frozen)
+        adapter, opt_state = adapter.method.advance(state.step, adapter, grads, opt_state)
+        trainable, frozen = adapter.trainable, adapter.frozen
+    return TrainState(state.step + 1, trainable, frozen, opt_state, state.key)
+
+
+def leaf_names(trainable: Tree) -> list[str]:
+    """What each entry of `metrics["finite"]` is about."""
+    return ["the loss", *(f"the gradient of {path}" for path in flatten(trainable))]
+
+
+def evaluate_step(subject: Subject) -> Callable[[TrainState, Tree, Batch], Sums]:
+    """`(state, base, batch) → sums`, compiled; arrays of the batch are `(1, examples, …)`."""
+
+    def step(state: TrainState, base: Tree, batch: Batch) -> Sums:
+        model = subject.model(state.trainable, state.frozen, base)
+        return subject.loss(model, jax.tree.map(lambda leaf: leaf[0], batch), False)
+
+    return jax.jit(step)
