@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class LoRA(LowRank):
         check_patterns("lora: alpha_pattern", self.alpha_pattern, sites)
         return super().init(key, sites, base)
 
-    def for_site(self, site: Site) -> Self:
+    def for_site(self, site: Site) -> "LoRA":
         rank = by_pattern("lora: rank_pattern", self.rank_pattern, site, self.rank)
         alpha = by_pattern("lora: alpha_pattern", self.alpha_pattern, site, self.alpha)
         smaller = min(site.in_dim, site.out_dim)

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
@@ -19,6 +19,8 @@ from vlora_jax.adapters.sites import Patterns, Site, select
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.adapters.view import thin
 from vlora_jax.errors import ConfigError, ConversionError, TargetError
+
+MethodType = TypeVar("MethodType", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Method:
         """
         raise ConversionError(f"changes of {self.name} do not add up to one change of the same form")
 
-    def for_site(self, site: Site) -> Self:
+    def for_site(self: MethodType, site: Site) -> MethodType:
         """This method with patterns over sites resolved for one of them."""
         return self
 
