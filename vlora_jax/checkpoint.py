@@ -175,22 +175,36 @@ def read(directory: Path, step: int, names: tuple[str, ...] = ()) -> Saved:
     Raises:
       CheckpointError: it is missing or damaged.
     """
-    path = directory.absolute() / str(step)
-    fault = fault_of(path)
-    if fault is not None:
-        raise CheckpointError(f"checkpoint {path} is not usable: {fault}")
-    about = ocp.checkpointables_metadata(path)
-    metadata = about.custom_metadata or {}
-    if metadata.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path} has checkpoint schema {metadata.get('schema')}, this version reads {SCHEMA}")
+    about, values = _about(directory, step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         name: {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for key, leaf in tree.items()}
         for name, tree in about.metadata.items()
         if name in names or not names
     }
-    trees = ocp.load_checkpointables(path, wanted)
-    return Saved(step, trees | {name: {} for name in metadata["empty"]}, metadata)
+    trees = ocp.load_checkpointables(directory.absolute() / str(step), wanted)
+    return Saved(step, trees | {name: {} for name in values["empty"]}, values)
+
+
+def metadata(directory: Path, step: int) -> dict[str, Any]:
+    """What was saved beside a checkpoint's tensors.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    return _about(directory, step)[1]
+
+
+def _about(directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
+    path = directory.absolute() / str(step)
+    fault = fault_of(path)
+    if fault is not None:
+        raise CheckpointError(f"checkpoint {path} is not usable: {fault}")
+    about = ocp.checkpointables_metadata(path)
+    values = about.custom_metadata or {}
+    if values.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path} has checkpoint schema {values.get('schema')}, this version reads {SCHEMA}")
+    return about, values
 
 
 def restore(template: Tree, flat: dict[str, Any], what: str) -> Tree:

@@ -23,7 +23,7 @@ class Diagonal(SiteMethod):
     formula = "ΔW = diag(d)"
     trains = "min(in, out)"
     adds_up = True
-    verified = "explicit matrix in NumPy"
+    verified = "NumPy"
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         return Factors({"d": jnp.zeros(min(site.in_dim, site.out_dim))})

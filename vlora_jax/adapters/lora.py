@@ -40,7 +40,7 @@ class LoRA(LowRank):
     formula = "ΔW = s·A B"
     trains = "r·(in + out)"
     adds_up = True
-    verified = "PEFT (forward, merged kernel, gradients), the paper's parameter counts"
+    verified = "PEFT"
 
     rank: int = 8
     alpha: float = 16.0
@@ -105,6 +105,9 @@ class LoRA(LowRank):
 
     def delta(self, kernel: Array, factors: FactorDict) -> Float[Array, "in out"]:
         return self.scale * (factors["a"] @ factors["b"])
+
+    def low_rank(self, factors: FactorDict) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+        return self.scale * factors["a"], factors["b"]
 
     def sum_factors(self, factors: FactorDict, weights: Array) -> FactorDict:
         a, b = factors["a"], factors["b"] * weights[:, None, None]

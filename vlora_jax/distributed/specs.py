@@ -55,21 +55,18 @@ def base_specs(base: Tree, mesh: Mesh) -> Tree:
 def adapter_specs(adapter: Adapter, mesh: Mesh) -> Adapter:
     """Specs for an adapter, in an adapter's form.
 
-    A site's tensor that has the kernel's inputs or outputs as its last two dims follows the kernel there.
+    A site's tensor whose last axis is the kernel's outputs, or whose last but one is its inputs, follows it there.
     """
     specs = jax.tree.map(lambda _: P(), adapter)
     for site in adapter.sites:
-        names = {site.in_dim: site_axes(site)[0], site.out_dim: site_axes(site)[1]}
+        ends = dict(zip((-2, -1), zip((site.in_dim, site.out_dim), site_axes(site), strict=True), strict=True))
         for part, target in ((adapter.trainable, specs.trainable), (adapter.frozen, specs.frozen)):
             for name, leaf in part["sites"].get(site.path, {}).items():
-                layers = (None,) * len(site.stack)
-                core = leaf.shape[len(site.stack) :]
-                axes = [names.get(size) for size in core]
-                kept = [
-                    fit(size, axis if axis == "tensor" else None, mesh) for size, axis in zip(core, axes, strict=True)
-                ]
-                kept = [axis if axis not in kept[:i] else None for i, axis in enumerate(kept)]
-                target["sites"][site.path][name] = P(*layers, *kept)
+                axes: list[str | None] = [None] * len(leaf.shape)
+                for end, (size, axis) in ends.items():
+                    if axis == "tensor" and len(leaf.shape) - len(site.stack) >= -end and leaf.shape[end] == size:
+                        axes[end] = fit(size, axis, mesh)
+                target["sites"][site.path][name] = P(*axes)
     return specs
 
 

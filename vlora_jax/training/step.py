@@ -6,6 +6,7 @@ The base goes in, is never returned and never differentiated. A step is one comp
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,13 +78,18 @@ class Subject:
         return TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable), key)
 
 
-def train_step(subject: Subject, tx: optax.GradientTransformation) -> Callable[[TrainState, Tree, Batch], tuple]:
+def train_step(
+    subject: Subject, tx: optax.GradientTransformation, out_shardings: Any = None
+) -> Callable[[TrainState, Tree, Batch], tuple]:
     """`(state, base, batch) → (state, metrics)`, compiled, the state donated.
 
     Arrays of the batch are `(micro-batches, examples, …)`. Losses are summed over all micro-batches and divided by
     the sum of their weights, so that K micro-batches equal one batch, whatever their weights. A step whose loss or
     gradient is not finite changes nothing; `metrics["finite"]` says which: the loss first, then the trained
     leaves in the order of `leaf_names`.
+
+    Args:
+      out_shardings: of state and metrics, so that a state stays where it was put on a mesh.
     """
 
     def step(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -114,7 +120,7 @@ def train_step(subject: Subject, tx: optax.GradientTransformation) -> Callable[[
         metrics = {"loss": loss, "accuracy": sums["correct"] / weight, "weight": sums["weight"]}
         return state, metrics | {"gradient_norm": optax.tree.norm(grads), "finite": finite}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def _penalty(trainable: Tree, subject: Subject, frozen: Tree) -> Array:

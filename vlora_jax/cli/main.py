@@ -1,0 +1,39 @@
+"""The command `vlora-jax`: its verbs, and how a mistake is shown."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+
+from vlora_jax.cli import doctor, inspect, merge, methods, train
+from vlora_jax.errors import VloraError
+
+app = typer.Typer(
+    name="vlora-jax",
+    help="Parameter-efficient Transformers in JAX: train, look into and merge Vertical LoRA and adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+for name, verb in {"train": train, "inspect": inspect, "merge": merge, "methods": methods, "doctor": doctor}.items():
+    app.command(name)(verb.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped and saved."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except VloraError as error:
+        fail(str(error), error.exit_code)
+
+
+def fail(message: str, code: int) -> None:
+    """One line on standard error, and the exit."""
+    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

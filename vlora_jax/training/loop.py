@@ -1,0 +1,297 @@
+"""The training loop: one run from start, or from where it stopped, to its end."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from vlora_jax import checkpoint
+from vlora_jax.adapters.trees import Tree
+from vlora_jax.data.pipeline import TrainBatches, batch_id, held_out_batches
+from vlora_jax.errors import BaseMismatchError, CheckpointError, NonFiniteError
+from vlora_jax.training import screens
+from vlora_jax.training.config import RunConfig
+from vlora_jax.training.job import Job
+from vlora_jax.training.logs import Log, draw_curve
+from vlora_jax.training.optimizers import schedule
+from vlora_jax.training.runs import CHECKPOINTS, keep_metrics, lock, open_run
+from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
+
+LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+CURVE = "curve.png"
+
+
+@dataclass
+class Progress:
+    """Where a run stands beside its tensors; goes into every checkpoint as it is.
+
+    Attributes:
+      seconds: of training, all sessions together, compilation included.
+      units: examples, or supervised tokens, learnt from.
+      evaluations: after the best one.
+      best: `{"step", "loss", "accuracy"}` of the best evaluation.
+      last: the same of the newest one.
+      first: the same before the first step, where the run starts from trained parameters.
+      finished: the run is at its end.
+    """
+
+    seconds: float = 0.0
+    units: float = 0.0
+    evaluations: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      step: the last one done.
+      stopped: a signal or a request ended it early; its checkpoint is saved and the same call continues it.
+      state: the last state.
+    """
+
+    run: Path
+    step: int
+    progress: Progress
+    stopped: bool
+    state: TrainState = field(repr=False)
+
+
+def train(config: RunConfig, console: Console | None = None, stop: Callable[[], bool] | None = None) -> Result:
+    """Train, or continue the run that is in `config.run_dir`.
+
+    Args:
+      config: of the run.
+      console: for progress; standard output if not given.
+      stop: asked after every step; true saves and returns.
+
+    Raises:
+      VloraError: of some kind: the input is wrong, the directory belongs to another run, the loss is not finite.
+    """
+    console = console or Console()
+    job = Job.of(config)
+    run = Path(config.run_dir)
+    with lock(run), jax.set_mesh(job.mesh):
+        continued = open_run(config)
+        if not jax.config.jax_compilation_cache_dir:  # a continued run need not compile again
+            jax.config.update("jax_compilation_cache_dir", str(run.absolute() / "compile_cache"))
+        return Trainer(job, console, stop or (lambda: False)).train(continued)
+
+
+class Trainer:
+    """One session of a run."""
+
+    def __init__(self, job: Job, console: Console, stop: Callable[[], bool]):
+        self.job, self.config, self.console, self.stop = job, job.config, console, stop
+        self.run = Path(job.config.run_dir)
+        self.progress = Progress()
+        self.unit = "example" if job.data.task == "classification" else "token"
+        self.evaluate_compiled = evaluate_step(job.subject)
+        self.rate = schedule(self.config.optimizer, self.config.steps)
+        self.began = time.monotonic()
+
+    def train(self, continued: bool) -> Result:
+        """Restore what is there, train, save, and sum up."""
+        config, job = self.config, self.job
+        higher = config.evaluate.metric == "accuracy"
+        say = lambda line: self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.checkpoints = checkpoint.Checkpoints(self.run / CHECKPOINTS, config.checkpoint.keep, higher, say)
+        self.batches = TrainBatches(job.data, config.data.batch, config.accumulate, config.seed)
+        base, state, step = self.restore(say) if continued else (*job.start(), 0)
+        if not continued or step == 0:
+            self.fingerprint = checkpoint.fingerprint(base) if config.adapter is not None else None
+        keep_metrics(self.run, step)
+        self.seconds_before = self.progress.seconds
+        if self.progress.finished:
+            say(f"{self.run} is finished at step {step}: nothing to do (give it more steps, or another run_dir)")
+            self.checkpoints.close()
+            return self.sum_up(state, step, stopped=False)
+        compiled = job.step().lower(job.state, job.base, job.batch).compile()
+        self.console.print(screens.first_screen(job, compiled.memory_analysis()))
+        with Log(config, self.console, step) as self.log, signals() as asked:
+            state, step, stopped = self.steps(compiled, base, state, step, lambda: asked() or self.stop())
+        self.checkpoints.close()
+        return self.sum_up(state, step, stopped)
+
+    def restore(self, say: Callable[[str], None]) -> tuple[Tree, TrainState, int]:
+        """The newest whole checkpoint's state, with data, progress and base checked; the start if there is none."""
+        job, newest = self.job, self.checkpoints.newest_whole()
+        if newest is None:
+            say(f"{self.run} has no whole checkpoint yet: starting at step 0")
+            return *job.start(), 0
+        saved = checkpoint.read(self.run / CHECKPOINTS, newest)
+        job.check_data(saved)
+        state = job.restored(saved)
+        self.batches.restore(saved.metadata["data"])
+        self.progress = Progress(**saved.metadata["progress"])
+        self.fingerprint = saved.metadata["base_fingerprint"]
+        base: Tree = {}
+        if self.config.adapter is not None:
+            base = job.parameters()
+            found = checkpoint.fingerprint(base)
+            if found != self.fingerprint:
+                raise BaseMismatchError(
+                    f"{self.run} was trained on a base with fingerprint {self.fingerprint}; that of "
+                    f"{self.config.init_from or 'this seed'} is {found}"
+                )
+        elif jax.tree.leaves(job.base):
+            raise CheckpointError(f"{self.run}: the model has variables that are no parameters, which are not saved")
+        else:
+            base = job.base
+        say(f"continuing {self.run} after step {newest} of {self.config.steps}")
+        return base, state, newest
+
+    def steps(self, compiled: Callable, base: Tree, state: TrainState, step: int, asked: Callable[[], bool]) -> tuple:
+        """Train until the end, an early stop or a request; returns the state, its step, and whether asked."""
+        config = self.config
+        if step == 0 and config.init_from is not None:
+            self.progress.first = self.evaluate(state, base, 0)
+        waiting: tuple[int, dict, float] | None = None  # metrics are read one step late, so that no device waits
+        moment = time.monotonic()
+        while step < config.steps:
+            batch = next(self.batches)
+            state, metrics = compiled(state, base, self.job.place(batch))
+            step += 1
+            metrics["batch"] = batch_id(batch)
+            if waiting is not None:
+                moment = self.note(*waiting[:2], moment)
+            waiting = (step, metrics, moment)
+            last, stopped = step == config.steps, asked()
+            evaluates = step % config.evaluate.every == 0 or last
+            if evaluates or step % config.checkpoint.every == 0 or stopped:
+                moment = self.note(step, metrics, moment)  # never save what has not been looked at
+                waiting = None
+                is_best = self.judge(state, base, step) if evaluates else False
+                patience = config.evaluate.patience
+                early = patience is not None and self.progress.evaluations >= patience
+                self.progress.finished = last or early
+                if last or early or stopped or is_best or step % config.checkpoint.every == 0:
+                    self.save(state, step, self.score(step))
+                if early and not last:
+                    self.log.say(f"no better {config.evaluate.metric} for {patience} evaluations: stopping early")
+                if early or (stopped and not last):
+                    return state, step, stopped and not early
+                moment = time.monotonic()
+        return state, step, False
+
+    def note(self, step: int, metrics: dict[str, Any], since: float) -> float:
+        """Read a step's metrics, refuse what is not finite, write the rest down; returns the time."""
+        batch = metrics["batch"]
+        host = jax.device_get({name: value for name, value in metrics.items() if name != "batch"})
+        now = time.monotonic()
+        if not host["finite"].all():
+            names = leaf_names(self.job.state.trainable)
+            bad = [name for name, good in zip(names, host["finite"], strict=True) if not good]
+            self.checkpoints.close()
+            kept = self.checkpoints.steps()
+            last = f"the last good checkpoint is step {kept[-1]}" if kept else "there was no checkpoint yet"
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            raise NonFiniteError(
+                f"step {step}: {bad[0]}{more} is not finite; {last}. Try a lower optimizer.rate, or more warmup"
+            )
+        self.progress.units += float(host["weight"])
+        record = {name: float(host[name]) for name in ("loss", "accuracy", "gradient_norm")}
+        record |= {"rate": float(self.rate(step - 1)), "batch": batch, "step_seconds": now - since}
+        record |= {"units_per_second": float(host["weight"]) / max(now - since, 1e-9), "unit": self.unit}
+        self.log.step(step, record)
+        return now
+
+    def evaluate(self, state: TrainState, base: Tree, step: int, best: bool = False) -> dict[str, Any]:
+        """Loss and accuracy over all held-out data."""
+        totals = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
+        sums = [
+            self.evaluate_compiled(state, base, self.job.place(batch))
+            for batch in held_out_batches(self.job.data, self.config.evaluate.batch)
+        ]
+        for host in jax.device_get(sums):
+            totals = {name: totals[name] + float(host[name]) for name in totals}
+        weight = max(totals["weight"], 1e-9)
+        found = {"step": step, "loss": totals["loss"] / weight, "accuracy": totals["correct"] / weight}
+        better = self.better(found)
+        self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, better)
+        return found
+
+    def better(self, found: dict[str, Any]) -> bool:
+        """Whether an evaluation beats the best one so far."""
+        metric, best = self.config.evaluate.metric, self.progress.best
+        if best is None:
+            return True
+        return found[metric] > best[metric] if metric == "accuracy" else found[metric] < best[metric]
+
+    def judge(self, state: TrainState, base: Tree, step: int) -> bool:
+        """Evaluate and keep the books; returns whether this is the best step so far."""
+        found = self.evaluate(state, base, step)
+        is_best = self.better(found)
+        self.progress.last = found
+        self.progress.best = found if is_best else self.progress.best
+        self.progress.evaluations = 0 if is_best else self.progress.evaluations + 1
+        return is_best
+
+    def score(self, step: int) -> float | None:
+        """The metric at this very step, if it was evaluated."""
+        last = self.progress.last
+        return last[self.config.evaluate.metric] if last and last["step"] == step else None
+
+    def save(self, state: TrainState, step: int, score: float | None) -> None:
+        """Start saving."""
+        self.progress.seconds = self.seconds_before + time.monotonic() - self.began
+        metadata = {
+            "config": self.config.plain(),
+            "model": self.job.model.model_dump(mode="json"),
+            "base_fingerprint": self.fingerprint,
+            "data_fingerprint": self.job.data.fingerprint,
+            "data": self.batches.state(),
+            "versions": {name: version(name) for name in LIBRARIES},
+            "best": self.progress.best,
+            "progress": asdict(self.progress),
+        }
+        self.checkpoints.save(step, self.job.trees(state), metadata, score)
+
+    def sum_up(self, state: TrainState, step: int, stopped: bool) -> Result:
+        """Draw the curve and show the last screen."""
+        result = Result(self.run, step, self.progress, stopped, state)
+        if stopped:
+            self.console.print(
+                f"stopped and saved at step {step} of {self.config.steps}; the same command continues {self.run}",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return result
+        draw_curve(self.run, self.run / CURVE, screens.title(self.job))
+        self.console.print(screens.last_screen(self.job, self.progress, self.run / CURVE))
+        return result
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came in; a second one ends the process as it always does."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def handle(kind: int, frame: Any) -> None:
+        came.set()
+        for each in kinds:
+            signal.signal(each, before[each])
+
+    for kind in kinds:
+        signal.signal(kind, handle)
+    try:
+        yield came.is_set
+    finally:
+        for kind in kinds:
+            signal.signal(kind, before[kind])

@@ -1,0 +1,152 @@
+"""What a run has learnt, read back from its directory, and written as ordinary parameters."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+from flax import nnx
+from pydantic import TypeAdapter
+
+from vlora_jax import checkpoint
+from vlora_jax.adapters.adapter import Adapter, count
+from vlora_jax.adapters.bind import apply
+from vlora_jax.adapters.init import init
+from vlora_jax.adapters.merge import merge
+from vlora_jax.adapters.trees import Tree
+from vlora_jax.data.pipeline import held_out_batches
+from vlora_jax.distributed.mesh import make_mesh
+from vlora_jax.errors import BaseMismatchError, ConfigError, ResumeError, VloraError
+from vlora_jax.training.config import ModelConfig, RunConfig
+from vlora_jax.training.job import FROZEN, TRAINABLE, abstract_model, load_data, parameters
+from vlora_jax.training.runs import CHECKPOINTS, CONFIG, best_step, read_config
+from vlora_jax.vertical.expand import expand
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of a run.
+
+    Attributes:
+      model: the model's config.
+      graphdef, base: the model as from `vlora_jax.split`: what was trained, or what an adapter is for. `base` is
+        None where it could not be found again.
+      adapter: None if the model itself was trained.
+      missing: why `base` is None.
+    """
+
+    run: Path
+    config: RunConfig
+    model: ModelConfig
+    graphdef: nnx.GraphDef
+    base: Tree | None
+    adapter: Adapter | None
+    step: int
+    missing: str = ""
+
+
+def read_run(run: Path, step: int | None = None) -> Trained:
+    """A run's checkpoint.
+
+    Args:
+      run: its directory.
+      step: the best one by the held-out metric if not given.
+
+    Raises:
+      ConfigError: the directory is no run.
+      CheckpointError: there is no whole checkpoint, or none of this step.
+    """
+    config = read_config(run)
+    step = best_step(run) if step is None else step
+    saved = checkpoint.read(run / CHECKPOINTS, step, (TRAINABLE, FROZEN))
+    model = TypeAdapter(ModelConfig).validate_python(saved.metadata["model"])
+    graphdef, shapes = abstract_model(model)
+    what = f"{run}, checkpoint {step}"
+    if config.adapter is None:
+        base = checkpoint.restore(shapes, saved.trees[TRAINABLE], what)
+        return Trained(run, config, model, graphdef, base, None, step)
+    method = config.adapter
+    adapter = jax.eval_shape(lambda key, base: init(method, key, base), jax.random.key(0), shapes)
+    adapter = dataclasses.replace(
+        adapter,
+        trainable=checkpoint.restore(adapter.trainable, saved.trees[TRAINABLE], what),
+        frozen=checkpoint.restore(adapter.frozen, saved.trees[FROZEN], what),
+    )
+    base, missing = None, ""
+    try:
+        base = parameters(config, model, make_mesh())
+        found = checkpoint.fingerprint(base)
+        if found != saved.metadata["base_fingerprint"]:
+            raise BaseMismatchError(f"{config.init_from or 'the seed'} gives another base than {run} was trained on")
+    except VloraError as error:
+        base, missing = None, str(error)
+    return Trained(run, config, model, graphdef, base, adapter, step, missing)
+
+
+def ordinary(trained: Trained) -> tuple[nnx.GraphDef, Tree]:
+    """A run's model as ordinary dense parameters: vertical stacks expanded, adapters merged.
+
+    Raises:
+      BaseMismatchError: an adapter's base cannot be found again.
+      ConversionError: the method cannot be merged.
+    """
+    if trained.base is None:
+        raise BaseMismatchError(f"{trained.run}: the adapter's base is needed: {trained.missing}")
+    graphdef, params = expand(trained.graphdef, trained.base)
+    return graphdef, params if trained.adapter is None else merge(params, trained.adapter)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_ordinary` did.
+
+    Attributes:
+      parameters: numbers of the written model.
+      gap: largest difference of a logit from the model as it was trained, over a batch of held-out examples.
+      largest: the largest logit, to compare the gap with.
+      examples: in that batch.
+    """
+
+    out: Path
+    parameters: int
+    gap: float
+    largest: float
+    examples: int
+
+
+def write_ordinary(trained: Trained, out: Path) -> Written:
+    """Write a run's model as ordinary dense parameters, into a directory that `init_from` takes.
+
+    Raises:
+      ResumeError: the directory is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ResumeError(f"{out} is there already and not empty; choose another directory")
+    graphdef, params = ordinary(trained)
+    data = load_data(trained.config)
+    batch = next(held_out_batches(data, min(32, len(data.held_out))))
+    inputs = jnp.asarray(batch["tokens" if data.task == "next_token" else "image"][0])
+    before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, inputs)
+    after = jax.jit(functools.partial(apply, graphdef))(params, None, inputs)
+    model = trained.model.model_copy(update={"vertical": None})
+    config = trained.config.model_copy(update={"run_dir": str(out), "model": model, "init_from": None, "adapter": None})
+    saver = checkpoint.Checkpoints(out / CHECKPOINTS)
+    about: dict[str, Any] = {
+        "config": config.plain(),
+        "model": model.model_dump(mode="json"),
+        "base_fingerprint": None,
+        "data_fingerprint": data.fingerprint,
+        "best": None,
+        "made_from": {"run": str(trained.run), "step": trained.step},
+    }
+    saver.save(0, {TRAINABLE: params}, about, None)
+    saver.close()
+    (out / CONFIG).write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    gap, largest = float(jnp.abs(after - before).max()), float(jnp.abs(before).max())
+    if not jnp.isfinite(after).all():
+        raise ConfigError(f"{out}: the merged model's logits are not finite")
+    return Written(out, count(params), gap, largest, len(inputs))
