@@ -36,17 +36,14 @@ class Adapted(nnx.Module):
         self.shared = nnx.data([part.shared for part in parts])
         self.keys = nnx.data([None if part.key is None else nnx.Param(part.key) for part in parts])
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        site, layer = self.site, innermost(self)
-        axes = contracted_axes(layer, x)
-        if axes and axes == tuple(
-            range(x.ndim - len(axes), x.ndim)
-        ):  # flat products are the fast ones, above all on CPU
-            lead = x.shape[: x.ndim - len(axes)]
-            y = self.inner(x.reshape(-1, *site.in_shape), *args, **kwargs).reshape(*lead, *site.out_shape)
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:  # Flax's own name, for calls by keyword
+        site, axes = self.site, contracted_axes(innermost(self))
+        if axes and sorted(axes) == list(range(-len(axes), 0)):  # flat products are the fast ones, above all on CPU
+            lead = inputs.shape[: inputs.ndim - len(axes)]
+            y = self.inner(inputs.reshape(-1, *site.in_shape), *args, **kwargs).reshape(*lead, *site.out_shape)
         else:
-            y = self.inner(x, *args, **kwargs)
-        return self.add(x, y, {})
+            y = self.inner(inputs, *args, **kwargs)
+        return self.add(inputs, y, {})
 
     def add(self, x: Array, y: Array, products: dict[int, Array]) -> Array:
         """`y` of the layer below, with this module's adapters added.
@@ -66,7 +63,7 @@ class Adapted(nnx.Module):
             return lookup_view(self.site, x, y)
         if isinstance(layer, nnx.Einsum):
             return einsum_view(self.site, x, y, layer.einsum_str or "", bias)
-        return dense_view(self.site, x, y, contracted_axes(layer, x), bias)
+        return dense_view(self.site, x, y, contracted_axes(layer), bias)
 
     def _change(self, index: int, view: View, product: Array | None) -> Array:
         method, factors, kernel = self.methods[index], self.part(index), self._kernel()
@@ -126,11 +123,9 @@ def innermost(module: nnx.Module) -> nnx.Module:
     return innermost(module.inner) if isinstance(module, Adapted) else module
 
 
-def contracted_axes(layer: nnx.Module, x: Array) -> tuple[int, ...]:
-    """The axes of `x` that a dense layer contracts; none for other layers."""
-    if not isinstance(layer, nnx.Linear | nnx.LinearGeneral):
-        return ()
-    return tuple(axis % x.ndim for axis in getattr(layer, "axis", (-1,)))
+def contracted_axes(layer: nnx.Module) -> tuple[int, ...]:
+    """The axes of its input that a dense layer contracts, counted from either end; none for other layers."""
+    return tuple(getattr(layer, "axis", (-1,))) if isinstance(layer, nnx.Linear | nnx.LinearGeneral) else ()
 
 
 def together(x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:

@@ -1,5 +1,6 @@
 """A linear layer's call seen as matrices, whatever the layer's axes: what methods are written for."""
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,9 @@ def lookup_view(site: Site, ids: Array, y: Array) -> View:
 
 
 def dense_view(site: Site, x: Array, y: Array, axes: tuple[int, ...], bias: Array | None) -> View:
-    """A dense layer that contracts `axes` of `x` and appends its output axes."""
-    trailing = tuple(range(-len(axes), 0))
-    flat = jnp.moveaxis(x, axes, trailing).reshape(-1, site.in_dim).astype(y.dtype)
+    """A dense layer that contracts `axes` of `x`, in the order in which `x` has them, and appends its output axes."""
+    sources = sorted(axis % x.ndim for axis in axes)  # the kernel's input axes follow this order, whatever `axes` has
+    flat = jnp.moveaxis(x, sources, tuple(range(-len(axes), 0))).reshape(-1, site.in_dim).astype(y.dtype)
     bare = y.reshape(-1, site.out_dim)
     if bias is not None:
         bare = bare - bias.reshape(-1).astype(y.dtype)
@@ -51,7 +52,8 @@ def einsum_view(site: Site, x: Array, y: Array, equation: str, bias: Array | Non
     equation = equation.replace(" ", "")
     if "..." in equation:
         named = len(equation.split(",")[0].replace("...", ""))
-        equation = equation.replace("...", "".join(chr(ord("A") + i) for i in range(x.ndim - named)))
+        unused = [name for name in string.ascii_letters if name not in equation]
+        equation = equation.replace("...", "".join(unused[: x.ndim - named]))
     terms, result = equation.split("->")
     inputs, kernel = terms.split(",")
     batch = "".join(name for name in inputs if name not in kernel)

@@ -1,0 +1,40 @@
+"""Arrays without compilation: shapes by abstract evaluation, values by NumPy."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import vlora_jax as vj
+
+
+def filled(shapes: Any, seed: int, scale: float = 0.5) -> Any:
+    """`shapes` with normal random values in every leaf."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+def parameters(make: Any, seed: int = 0) -> tuple[nnx.GraphDef, Any]:
+    """Graph and random parameters of the NNX model that `make(rngs)` builds."""
+    graphdef, shapes = vj.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return graphdef, filled(shapes, seed)
+
+
+def random_adapter(method: vj.Method, base: Any, seed: int = 1, sites: list[vj.Site] | None = None) -> vj.Adapter:
+    """An adapter of `method` with random values in every tensor."""
+    return filled(jax.eval_shape(lambda base: vj.init(method, jax.random.key(0), base, sites), base), seed)
+
+
+def moved(adapter: vj.Adapter, seed: int = 2) -> vj.Adapter:
+    """`adapter` with random values added to everything that trains."""
+    noise = filled(adapter.trainable, seed)
+    return dataclasses.replace(adapter, trainable=jax.tree.map(lambda a, b: np.add(a, b), adapter.trainable, noise))
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Equal to `tolerance`, relative to the largest value."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(1.0, np.abs(expected).max()))
