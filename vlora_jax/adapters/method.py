@@ -96,6 +96,13 @@ class Method:
         """
         raise ConversionError(f"{self.name} depends on the input and cannot be merged into a kernel")
 
+    def low_rank(self, factors: FactorDict) -> tuple[Array, Array] | None:
+        """`(left (in, r), right (r, out))` with ΔW = left @ right of one layer, if ΔW is such a product; else None.
+
+        Inspection then finds norm and spectrum of a change without building it.
+        """
+        return None
+
     def sum_factors(self, factors: FactorDict, weights: Array) -> FactorDict:
         """Factors of one layer whose change is the weighted sum of several; for methods with `adds_up`.
 
