@@ -30,12 +30,13 @@ def command() -> None:
     optional: dict[str, list[str]] = {}
     for text in requires("vlora_jax") or ():
         requirement = Requirement(text)
-        found = installed(requirement.name)
+        name = "libtpu" if "tpu" in requirement.extras else requirement.name
+        found = installed(name)
         extras = [extra for extra in OPTIONAL if requirement.marker and requirement.marker.evaluate({"extra": extra})]
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             for extra in extras:
                 if found is None:
-                    optional.setdefault(extra, []).append(requirement.name)
+                    optional.setdefault(extra, []).append(name)
             continue
         fits = found is not None and requirement.specifier.contains(found, prereleases=True)
         table.add_row(requirement.name, f"{found or 'missing'}{'' if fits else f'  (needs {requirement.specifier})'}")

@@ -49,7 +49,7 @@ class Decoder(nnx.Module):
         self.layers = Stack(make_block, config.layers, vertical=config.vertical, remat=config.remat, rngs=rngs)
         self.norm = norm(config, rngs, **dtypes)
         if not config.tied_head:
-            self.head = linear(config.width, config.vocabulary, False, rngs, **dtypes)
+            self.head = linear(config, config.width, config.vocabulary, False, rngs, **dtypes)
 
     def hidden(
         self,

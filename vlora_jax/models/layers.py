@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from vlora_jax.models.attention import attention, rotate
 
@@ -40,6 +40,9 @@ class BlockConfig(BaseModel):
     fused_qkv: bool = Field(False, description="one kernel for query, key and value")
     causal: bool = False
     rotary_theta: float | None = Field(None, description="rotary position embedding with this base; None: none")
+    kernel_std: PositiveFloat | None = Field(
+        None, description="deviation of kernels at the start, .02 in ViT and GPT-2; None: 1/√in, which fits any width"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "BlockConfig":
@@ -83,9 +86,12 @@ class Linear(nnx.Linear):
         return flat.reshape(*inputs.shape[:-1], self.out_features)
 
 
-def linear(features_in: int, features_out: int, bias: bool, rngs: nnx.Rngs, **dtypes: Any) -> Linear:
-    """A dense layer whose kernel starts truncated-normal with deviation .02, as in ViT and GPT-2."""
-    init = nnx.initializers.truncated_normal(0.02)
+def linear(
+    config: BlockConfig, features_in: int, features_out: int, bias: bool, rngs: nnx.Rngs, **dtypes: Any
+) -> Linear:
+    """A dense layer whose kernel starts truncated-normal with deviation `kernel_std`."""
+    std = config.kernel_std
+    init = nnx.initializers.lecun_normal() if std is None else nnx.initializers.truncated_normal(std)
     return Linear(features_in, features_out, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
 
 
@@ -109,12 +115,12 @@ class Attention(nnx.Module):
         self.config = config
         inner, keys = config.heads * config.dim, config.key_heads * config.dim
         if config.fused_qkv:
-            self.qkv = linear(config.width, inner + 2 * keys, config.qkv_bias, rngs, **dtypes)
+            self.qkv = linear(config, config.width, inner + 2 * keys, config.qkv_bias, rngs, **dtypes)
         else:
-            self.q = linear(config.width, inner, config.qkv_bias, rngs, **dtypes)
-            self.k = linear(config.width, keys, config.qkv_bias, rngs, **dtypes)
-            self.v = linear(config.width, keys, config.qkv_bias, rngs, **dtypes)
-        self.o = linear(inner, config.width, config.out_bias, rngs, **dtypes)
+            self.q = linear(config, config.width, inner, config.qkv_bias, rngs, **dtypes)
+            self.k = linear(config, config.width, keys, config.qkv_bias, rngs, **dtypes)
+            self.v = linear(config, config.width, keys, config.qkv_bias, rngs, **dtypes)
+        self.o = linear(config, inner, config.width, config.out_bias, rngs, **dtypes)
 
     def __call__(
         self,
@@ -144,9 +150,9 @@ class MLP(nnx.Module):
     def __init__(self, config: BlockConfig, rngs: nnx.Rngs, **dtypes: Any):
         self.config = config
         if config.gated:
-            self.gate = linear(config.width, config.mlp_width, config.mlp_bias, rngs, **dtypes)
-        self.up = linear(config.width, config.mlp_width, config.mlp_bias, rngs, **dtypes)
-        self.down = linear(config.mlp_width, config.width, config.mlp_bias, rngs, **dtypes)
+            self.gate = linear(config, config.width, config.mlp_width, config.mlp_bias, rngs, **dtypes)
+        self.up = linear(config, config.width, config.mlp_width, config.mlp_bias, rngs, **dtypes)
+        self.down = linear(config, config.mlp_width, config.width, config.mlp_bias, rngs, **dtypes)
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         activation = ACTIVATIONS[self.config.activation]

@@ -41,8 +41,8 @@ class ViT(nnx.Module):
         self.config = config
         dtypes = dtypes_of(config)
         patches = (config.image // config.patch) ** 2
-        self.patch = linear(config.patch**2 * config.channels, config.width, True, rngs, **dtypes)
-        init = nnx.initializers.truncated_normal(0.02)
+        self.patch = linear(config, config.patch**2 * config.channels, config.width, True, rngs, **dtypes)
+        init = nnx.initializers.truncated_normal(config.kernel_std or 1.0)
         param_dtype = dtypes["param_dtype"]
         self.positions = nnx.Param(init(rngs.params(), (patches + config.class_token, config.width), param_dtype))
         if config.class_token:
@@ -50,7 +50,7 @@ class ViT(nnx.Module):
         make_block = lambda rngs: Block(config, rngs, **dtypes)
         self.layers = Stack(make_block, config.layers, vertical=config.vertical, remat=config.remat, rngs=rngs)
         self.norm = norm(config, rngs, **dtypes)
-        self.head = linear(config.width, config.classes, True, rngs, **dtypes)
+        self.head = linear(config, config.width, config.classes, True, rngs, **dtypes)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, train: bool = False, **_: Any
