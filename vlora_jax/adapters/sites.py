@@ -123,25 +123,29 @@ class Site:
 def einsum_layout(equation: str) -> Layout | None:
     """The layout of an einsum kernel, `"btd,ndh->btnh"`: inputs `d`, outputs `n h`.
 
-    None where the kernel has an axis that is both in the input and in the output (one kernel per group).
+    None where the layer is no matrix: the kernel has an axis that is both in the input and in the output (one kernel
+    per group), or an axis of either is summed away.
     """
     terms, result = equation.replace(" ", "").split("->")
     inputs, kernel = terms.split(",")
     contracted = tuple(i for i, name in enumerate(kernel) if name in inputs and name not in result)
     emitted = tuple(i for i, name in enumerate(kernel) if name not in inputs and name in result)
-    return Layout("einsum", contracted, emitted) if len(contracted) + len(emitted) == len(kernel) else None
+    whole = len(contracted) + len(emitted) == len(kernel) and set(inputs) <= set(kernel) | set(result)
+    return Layout("einsum", contracted, emitted) if whole else None
 
 
-def layout_of(module: nnx.Module) -> tuple[str, Layout] | None:
-    """The parameter name and layout of one of Flax NNX's linear layers, None for any other module."""
+def layout_of(module: nnx.Module) -> tuple[str, Layout | None] | None:
+    """The parameter name and layout of one of Flax NNX's linear layers, None for any other module.
+
+    The layout is None for an einsum that is no matrix.
+    """
     if isinstance(module, nnx.Linear):
         return "kernel", Layout("dense", (0,), (1,))
     if isinstance(module, nnx.LinearGeneral) and not module.batch_axis:
         inputs, total = len(module.in_features), len(module.in_features) + len(module.out_features)
         return "kernel", Layout("dense", tuple(range(inputs)), tuple(range(inputs, total)))
-    if isinstance(module, nnx.Einsum) and module.einsum_str:
-        layout = einsum_layout(module.einsum_str)
-        return ("kernel", layout) if layout else None
+    if isinstance(module, nnx.Einsum):
+        return "kernel", einsum_layout(module.einsum_str) if module.einsum_str else None
     if isinstance(module, nnx.Embed):
         return "embedding", Layout("embed", (0,), (1,))
     return None
@@ -180,8 +184,9 @@ def find_sites(base: Tree) -> list[Site]:
     sites = []
     for path, leaf in variables(base).items():
         parent, _, name = path.rpartition("/")
-        layout = leaf.get_metadata().get("layout") if isinstance(leaf, nnx.Variable) else None
-        if layout is None and name in LEAVES and len(leaf.shape) == 2:
+        known = leaf.get_metadata() if isinstance(leaf, nnx.Variable) else {}
+        layout = known.get("layout")
+        if "layout" not in known and name in LEAVES and len(leaf.shape) == 2:
             layout = Layout("embed" if name == "embedding" else "dense", (0,), (1,))
         if layout is None:
             continue
