@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
-from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.method import SiteMethod
 from vlora_jax.adapters.sites import Site
 from vlora_jax.vertical.config import Vertical
 
@@ -54,8 +55,10 @@ def choose(vertical: Vertical, site: Site, tokens: int, train: bool) -> Choice:
     return Choice(site.path, cheaper and not chains, factored, materialised)
 
 
-def flops_of(method: Method, site: Site) -> tuple[float, float]:
+def flops_of(method: SiteMethod, site: Site) -> tuple[float, float]:
     """FLOPs of a method's `forward` for one token and of its `delta`, for one layer of a site."""
-    factors = jax.eval_shape(lambda key: method.init_site(key, site, None), jax.random.key(0)).trainable
+    kernel = jax.ShapeDtypeStruct((site.in_dim, site.out_dim), jnp.float32) if method.reads_base else None
+    draw = lambda key, kernel: method.init_site(key, site, kernel).trainable
+    factors = jax.eval_shape(draw, jax.random.key(0), kernel)
     numbers = sum(math.prod(leaf.shape) for leaf in factors.values())
     return 2.0 * numbers, 2.0 * getattr(method, "rank", 1) * site.in_dim * site.out_dim
