@@ -61,8 +61,8 @@ class Vertical(BaseModel):
 
     @property
     def methods(self) -> tuple[SiteMethod, ...]:
-        """The methods whose tensors are the increments; none for hard tying."""
-        if not self.enabled:
+        """The methods whose tensors are the increments; none for hard tying or where no layer has an increment."""
+        if not self.enabled or self.increments == 0:
             return ()
         from vlora_jax.adapters.diagonal import Diagonal
 
@@ -76,7 +76,7 @@ class Vertical(BaseModel):
     @property
     def detached(self) -> bool:
         """Whether the layers after a compound's first leave the base kernel without a gradient."""
-        return self.enabled and self.detach != "none"
+        return bool(self.methods) and self.detach != "none"
 
     def compounds(self, layers: int) -> int:
         """Number of base kernels in a stack.

@@ -24,7 +24,7 @@ def dense_kernels(vertical: Vertical, site: Site, kernel: Array, increments: Inc
     tensors = [increments[method.name][site.path] for method in methods]
 
     def one(kernel: Array, tensors: list, index: Array) -> Array:
-        if not vertical.enabled:
+        if not methods:
             return kernel
         full = effective_kernel(vertical, kernel, methods, tensors, index)
         return full if vertical.adapter_on_base else jnp.where(index > 0, full, kernel)

@@ -57,14 +57,14 @@ def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Cal
     depth = jax.tree.leaves(kernels)[0].shape[0] * vertical.size
     own = jax.tree.map(lambda leaf: vertical.grid(leaf, depth), own)
     # Only a compound's first layer differs from the others; where it does not, one scan serves them all.
-    peel = vertical.enabled and (vertical.detached or not vertical.adapter_on_base)
+    peel = bool(vertical.methods) and (vertical.detached or not vertical.adapter_on_base)
     later = jnp.arange(int(peel), vertical.size)
 
     def layer(first: bool, h: Any, kernels: nnx.State, own: nnx.State, tensors: Increments, index: Array | int) -> Any:
         if vertical.detached and not first:
             kernels = jax.lax.stop_gradient(kernels)
         module = nnx.merge(graphdef, kernels, shared, own)
-        if vertical.enabled and (vertical.adapter_on_base or not first):
+        if vertical.methods and (vertical.adapter_on_base or not first):
             module = with_increments(plan, module, tensors, index)
         return call(module, h)
 
