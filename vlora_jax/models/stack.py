@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import jax
@@ -12,8 +12,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from vlora_jax.adapters.bind import Shared, child
-from vlora_jax.adapters.method import site_key
+from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
+from vlora_jax.adapters.trees import Tree
 from vlora_jax.vertical.config import Vertical
 from vlora_jax.vertical.expand import dense_kernels
 from vlora_jax.vertical.plan import Choice, choose
@@ -65,7 +66,7 @@ class Stack(nnx.Module):
 
         Raises:
           ConfigError: the compound size does not divide the depth.
-          TargetError: a vertical target selects no kernel of the block.
+          TargetError: a vertical target, or a pattern of its increments, selects no kernel of the block.
         """
         self.layers, self.vertical, self.remat = layers, vertical, remat
         keys = jax.random.split(rngs.params(), layers)
@@ -75,9 +76,8 @@ class Stack(nnx.Module):
         if vertical is None:
             leaves, increments = jax.jit(draw)(keys), {}
         else:
-            kernels = find_sites(nnx.from_flat_state(list(jax.eval_shape(draw, keys).items())))
-            stack = (vertical.compounds(layers), vertical.increments)
-            self.sites = tuple(replace(site, stack=stack) for site in select(kernels, vertical.targets))
+            shapes = nnx.from_flat_state(list(jax.eval_shape(draw, keys).items()))
+            self.sites = shared_sites(vertical, layers, shapes)
             parameters = functools.partial(draw_vertical, vertical, self.sites, draw)
             leaves, increments = jax.jit(parameters)(keys, rngs.params())
         self.block = nnx.merge(graphdef, nnx.from_flat_state(list(leaves.items())))
@@ -85,7 +85,7 @@ class Stack(nnx.Module):
 
     def choices(self, tokens: int, train: bool) -> list[Choice]:
         """How each target of a vertical stack is applied to this many tokens, and what decided it."""
-        if self.vertical is None or not self.vertical.enabled:
+        if self.vertical is None or not self.vertical.methods:
             return []
         return [choose(self.vertical, site, tokens, train) for site in self.sites]
 
@@ -132,6 +132,21 @@ class Stack(nnx.Module):
             setattr(module, site.leaf, nnx.Param(site.kernel(kernels).astype(stored.dtype), layout=layout))
         self.vertical, self.sites = None, ()
         self.increments = nnx.data({})
+
+
+def shared_sites(vertical: Vertical, layers: int, block: Tree) -> tuple[Site, ...]:
+    """The kernels of a stacked block that a vertical stack shares; their `stack` is that of the increments.
+
+    Raises:
+      ConfigError: the compound size does not divide the depth.
+      TargetError: a target, or a pattern of the increments, selects no kernel of the block.
+    """
+    stack = (vertical.compounds(layers), vertical.increments)
+    sites = [replace(site, stack=stack) for site in select(find_sites(block), vertical.targets)]
+    for method in vertical.methods:
+        for table in (each.name for each in fields(method) if each.name.endswith("_pattern")):
+            check_patterns(f"{method.name}: {table}", getattr(method, table), sites)
+    return tuple(sites)
 
 
 def draw_vertical(vertical: Vertical, sites: Sequence[Site], draw: Callable, keys: Array, key: Array) -> tuple:

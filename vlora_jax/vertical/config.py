@@ -53,6 +53,11 @@ class Vertical(BaseModel):
         method = self.increment
         if not (isinstance(method, SiteMethod) and method.mergeable and method.vertical):
             raise ValueError(f"{method.name} cannot be a vertical increment: it has no ΔW of its own for each kernel")
+        plain = type(method)()
+        if (method.targets, method.exclude, method.full) != (plain.targets, plain.exclude, plain.full):
+            raise ValueError(
+                "vertical.targets says which kernels are shared; the increment takes no targets of its own"
+            )
         if getattr(method, "dropout", 0.0):
             raise ValueError("a vertical increment takes no dropout: it is part of the model, not an adapter")
         if self.detach == "prev" and self.structure == "star":
