@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.errors import ConfigError, TargetError
 
 FactorDict = dict[str, Array]
 
@@ -68,6 +69,24 @@ class Adapter:
 
 def is_adapter(node: Any) -> bool:
     return isinstance(node, Adapter)
+
+
+def whole_values(adapters: Sequence[Adapter], leaves: Mapping[str, Array]) -> FactorDict:
+    """What adapters train whole, by leaf path, in the dtypes of a model's `leaves`.
+
+    Raises:
+      TargetError: the model does not have such a leaf.
+      ConfigError: two adapters train the same one.
+    """
+    whole: FactorDict = {}
+    for adapter in adapters:
+        for path, value in adapter.trainable["full"].items():
+            if path in whole:
+                raise ConfigError(f"two adapters train {path} whole; only one of them can be used")
+            if path not in leaves:
+                raise TargetError(f"the adapter trains {path} whole, which this model does not have")
+            whole[path] = value.astype(leaves[path].dtype)
+    return whole
 
 
 def trainable_mask(tree: Tree) -> Tree:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.adapter import Adapter, FactorDict, whole_values
 from vlora_jax.adapters.method import LowRank, Method, site_key
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
 from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view, thin
-from vlora_jax.errors import ConfigError, TargetError
+from vlora_jax.errors import TargetError
 
 
 class Shared(nnx.Variable):
@@ -165,18 +165,11 @@ def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArr
       key: switches the methods' dropout on; another mask for each site and layer.
 
     Raises:
-      TargetError: an adapter has a site that this model does not.
+      TargetError: an adapter has a site, or a parameter that it trains whole, that this model does not.
       ConfigError: two adapters train the same parameter whole.
     """
-    leaves, full = flatten(base), {}
-    for adapter in adapters:
-        for path, value in adapter.trainable["full"].items():
-            if path in full:
-                raise ConfigError(f"two adapters train {path} whole; only one of them can be bound")
-            if path not in leaves:
-                raise TargetError(f"the adapter trains {path} whole, which this model does not have")
-            full[path] = value.astype(leaves[path].dtype)
-    model = nnx.merge(graphdef, replace_leaves(base, full))
+    leaves = flatten(base)
+    model = nnx.merge(graphdef, replace_leaves(base, whole_values(adapters, leaves)))
     parts: dict[str, list[Part]] = {}
     sites: dict[str, Site] = {}
     for index, adapter in enumerate(adapters):

@@ -5,11 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.adapter import Adapter, whole_values
 from vlora_jax.adapters.method import over_stack
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
-from vlora_jax.errors import BaseMismatchError, ConfigError
+from vlora_jax.errors import BaseMismatchError
 
 
 def site_delta(adapter: Adapter, site: Site, kernel: Array) -> Array:
@@ -34,7 +34,7 @@ def merge(base: Tree, *adapters: Adapter) -> Tree:
 
     Raises:
       ConversionError: a method depends on the input, or the model is vertical (`expand` it first).
-      BaseMismatchError: the adapter's sites are not in this base.
+      BaseMismatchError: the base does not have what an adapter changes.
       ConfigError: two adapters train the same parameter whole.
 
     >>> import jax
@@ -45,19 +45,18 @@ def merge(base: Tree, *adapters: Adapter) -> Tree:
     >>> bool((merged["kernel"].get_value() == base["kernel"].get_value()).all())
     True
     """
-    leaves, merged = flatten(base), {}
+    leaves = flatten(base)
+    changed = [path for a in adapters for path in (*(site.leaf_path for site in a.sites), *a.trainable["full"])]
+    missing = next((path for path in changed if path not in leaves), None)
+    if missing:
+        raise BaseMismatchError(f"the adapter changes {missing}, which this base does not have")
+    merged = whole_values(adapters, leaves)
+    leaves |= merged
     sums: dict[str, tuple[Site, Array]] = {}
     for adapter in adapters:
         for site in adapter.sites:
-            if site.leaf_path not in leaves:
-                raise BaseMismatchError(f"the adapter changes {site.leaf_path}, which this base does not have")
-            kernel = site.read(leaves)
-            change = site_delta(adapter, site, kernel)
+            change = site_delta(adapter, site, site.read(leaves))
             sums[site.leaf_path] = (site, sums[site.leaf_path][1] + change if site.leaf_path in sums else change)
-        for path, value in adapter.trainable["full"].items():
-            if path in merged:
-                raise ConfigError(f"two adapters train {path} whole; merge one of them")
-            merged[path] = value.astype(leaves[path].dtype)
     for path, (site, change) in sums.items():
         stored: Any = leaves[path]
         merged[path] = site.kernel(site.matrix(stored).astype(jnp.float32) + change).astype(stored.dtype)
