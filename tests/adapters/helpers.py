@@ -11,7 +11,7 @@ from flax import nnx
 import vlora_jax as vj
 
 
-def filled(shapes: Any, seed: int, scale: float = 0.5) -> Any:
+def filled(shapes: Any, seed: int, scale: float = 0.3) -> Any:
     """`shapes` with normal random values in every leaf."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype), shapes)
