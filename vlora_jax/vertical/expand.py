@@ -47,4 +47,13 @@ def expand(graphdef: nnx.GraphDef, base: Tree) -> tuple[nnx.GraphDef, nnx.State]
     for _, module in nnx.iter_modules(model):
         if getattr(module, "vertical", None) is not None:
             module.densify()
+    note_in_configs(model, None)
     return split(model)
+
+
+def note_in_configs(model: nnx.Module, vertical: Vertical | None) -> None:
+    """Let the configs that a model carries say what its stacks have become: built from one, it is the same model."""
+    for _, module in nnx.iter_modules(model):
+        config = getattr(module, "config", None)
+        if "vertical" in getattr(type(config), "model_fields", ()):
+            module.config = config.model_copy(update={"vertical": vertical})
