@@ -26,14 +26,14 @@ from vlora_jax.training.optimizers import OptimizerConfig
 from vlora_jax.vertical.config import MethodField, Vertical
 
 ModelConfig = Annotated[ViTConfig | DecoderConfig, Discriminator("family")]
-TAGS = ("name", "family", "method")  # keys that say which of several sections this is
+TAGS = ("model.family", "model.vertical.increment.method", "adapter.method", "data.name")  # which of several sections
 ANYTIME = {"anytime": True}  # may change between a run's start and its continuation
 
 
 class Section(BaseModel):
     """Strict and immutable, like all of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class DigitsConfig(Section):
@@ -115,7 +115,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -137,7 +137,7 @@ class RunConfig(Section):
         flat = flat_keys(self.plain())
         schema = anytime_keys(RunConfig)
         kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{k}.") for k in schema)}
-        if self.optimizer.schedule == "constant":
+        if self.optimizer.schedule == "constant" and self.optimizer.warmup <= self.steps:
             kept.pop("steps")  # nothing that was done depends on how long it goes on
         return kept
 
@@ -153,7 +153,8 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
       ConfigError: the file is missing or no YAML, a key is unknown (the nearest is named), a value impossible.
     """
     values = RunConfig().plain() if path is None else read_yaml(path)
-    for key, value in sorted(map(parse_override, overrides), key=lambda pair: pair[0].rpartition(".")[2] not in TAGS):
+    outer_first = lambda pair: (pair[0].count("."), pair[0] not in TAGS)  # else a section would undo its own keys
+    for key, value in sorted(map(parse_override, overrides), key=outer_first):
         set_key(values, key, value)
     try:
         return RunConfig.model_validate(values)
@@ -171,16 +172,23 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals:
         raise ConfigError(f"override {override!r} must look like key.sub=value")
     try:
-        return key.strip(), yaml.load(text, Loader=Numbers)
+        return key.strip(), yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
 
 
-class Numbers(yaml.SafeLoader):
-    """YAML 1.2's numbers: `1e-3` is one, which PyYAML takes for text."""
+class Loader(yaml.SafeLoader):
+    """YAML with two changes: `1e-3` is a number, as in YAML 1.2, and a key that is given twice an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-Numbers.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
@@ -192,7 +200,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
       ConfigError: it is missing, unreadable, or holds something else.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Numbers)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except FileNotFoundError:
         nearby = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = difflib.get_close_matches(str(path), nearby, 1, 0)
@@ -211,14 +219,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested dictionaries, making them on the way.
 
-    A new `name`, `family` or `method` empties its section: the other keys belonged to the old one.
+    A new tag empties its section: the other keys belonged to the old one.
     """
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(values.get(parent), dict):
             values[parent] = {}
         values = values[parent]
-    if last in TAGS and parents and values.get(last) not in (None, value):
+    if key in TAGS and values.get(last) not in (None, value):
         values.clear()
     values[last] = value
 
@@ -250,7 +258,8 @@ def anytime_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 def explain(error: ValidationError) -> str:
     """A pydantic error as one line: the first mistake, with the nearest valid key."""
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"] if part not in VARIANTS]
+    variant = first["loc"][:1] in (("model",), ("data",))  # then comes which one it is, which is no key
+    parts = [str(part) for place, part in enumerate(first["loc"]) if not (variant and place == 1 and part in VARIANTS)]
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         names = keys_at(RunConfig, [str(part) for part in first["loc"][:-1]])

@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(BaseModel):
     """An optimiser with its schedule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
     rate: PositiveFloat = Field(2e-3, description="peak learning rate")
