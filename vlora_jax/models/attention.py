@@ -1,6 +1,7 @@
 """Scaled dot-product attention behind one function that takes the best form a backend has."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -105,8 +106,9 @@ def splash(
     if segments is None:
         segments = jnp.zeros(q.shape[:2], jnp.int32)
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * (heads // tensor))
-    make = kernels.make_splash_mqa if k.shape[2] == 1 else kernels.make_splash_mha
-    kernel = make(mask=mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = kernels.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, interpret=interpret)
+    if k.shape[2] % tensor:  # every device needs whole key heads for its queries
+        k, v = (jnp.repeat(array, tensor // math.gcd(tensor, k.shape[2]), axis=2) for array in (k, v))
 
     def one(q: Array, k: Array, v: Array, segments: Array) -> Array:
         return kernel(q * q.shape[-1] ** -0.5, k, v, segment_ids=kernels.SegmentIds(q=segments, kv=segments))
