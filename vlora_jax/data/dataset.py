@@ -1,14 +1,23 @@
 """What every data set offers, whatever it holds."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-Example = dict[str, np.ndarray]
+Example = dict[str, np.ndarray | np.generic]
 Task = Literal["classification", "next_token"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,8 @@ class DataSet:
 
     name: str
     task: Task
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+    train: Source
+    held_out: Source
     fingerprint: str
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     facts: dict[str, Any] = field(default_factory=dict)

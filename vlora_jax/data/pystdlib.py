@@ -33,18 +33,27 @@ SKIPPED = {
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows of `length` tokens of a text, each with the tokens one further as targets."""
+    """Windows of `length` tokens of a text, each with the tokens one further as targets."""
 
     text: np.ndarray
     length: int
+    starts: np.ndarray
 
     def __len__(self) -> int:
-        return (len(self.text) - 1) // self.length
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> Example:
-        window = self.text[index * self.length : (index + 1) * self.length + 1].astype(np.int32)
+        start = self.starts[index]
+        window = self.text[start : start + self.length + 1].astype(np.int32)
         mask = np.ones(self.length, bool)
         return {"tokens": window[:-1], "targets": window[1:], "mask": mask, "id": np.int32(index)}
+
+
+def windows(text: np.ndarray, length: int, at_most: int | None = None) -> Windows:
+    """All consecutive windows of a text, or `at_most` of them, evenly spread."""
+    count = (len(text) - 1) // length
+    chosen = np.arange(count) if at_most is None or count <= at_most else np.linspace(0, count - 1, at_most).astype(int)
+    return Windows(text, length, chosen * length)
 
 
 def documents(part: Literal["code", "prose"]) -> dict[str, bytes]:
@@ -75,19 +84,16 @@ def load(part: Literal["code", "prose"] = "code", length: int = 256, held_out_wi
       held_out_windows: at most so many windows of the held-out documents, evenly spread.
     """
     texts: dict[bool, list[bytes]] = {False: [], True: []}
+    sides: dict[bytes, bool] = {}  # a copy of a document is on the document's side
     for name, text in sorted(documents(part).items()):
-        texts[zlib.crc32(name.encode()) % 10 == 0].append(text + SEPARATOR)
+        side = sides.setdefault(text, zlib.crc32(name.encode()) % 10 == 0)
+        texts[side].append(text + SEPARATOR)
     train, held_out = (np.frombuffer(b"".join(texts[side]), np.uint8) for side in (False, True))
-    windows = Windows(held_out, length)
-    if len(windows) > held_out_windows:
-        starts = np.linspace(0, len(windows) - 1, held_out_windows).astype(int) * length
-        held_out = np.concatenate([held_out[start : start + length] for start in starts] + [held_out[-1:]])
-        windows = Windows(held_out, length)
     return DataSet(
         name=f"pystdlib/{part}",
         task="next_token",
-        train=Windows(train, length),
-        held_out=windows,
+        train=windows(train, length),
+        held_out=windows(held_out, length, held_out_windows),
         fingerprint=fingerprint(train, held_out),
         facts={"vocabulary": VOCABULARY},
     )

@@ -1,6 +1,6 @@
 """From a config to something that can be trained: first as shapes that take no memory, then as arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,16 +126,20 @@ class Job:
     tx: optax.GradientTransformation
     base: Tree
     state: TrainState
-    batch: Batch
+    batch: dict[str, jax.ShapeDtypeStruct]
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Job":
+    def of(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> "Job":
         """Resolve everything that can be without a computation.
+
+        Args:
+          config: of the run.
+          devices: to run on; all there are if not given.
 
         Raises:
           VloraError: of some kind: what the config asks for is impossible.
         """
-        mesh = make_mesh(**config.mesh.model_dump())
+        mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
         check_batch(config.data.batch, mesh)
         model = model_config_of(config)
         data = load_data(config)
@@ -160,17 +164,13 @@ class Job:
         opt_state = jax.eval_shape(tx.init, trainable)
         state = TrainState(jax.ShapeDtypeStruct((), "int32"), trainable, frozen, opt_state, key)
         opt_specs = like_parameters(tx, opt_state, trainable_specs)
-        state = placed(state, TrainState(P(), trainable_specs, frozen_specs, opt_specs, P()), mesh)  # type: ignore[arg-type]
+        state = placed(state, TrainState(P(), trainable_specs, frozen_specs, opt_specs, P()), mesh)
         example = next(TrainBatches(data, config.data.batch, config.accumulate, config.seed))
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(mesh))
             for name, array in example.items()
         }
         return cls(config, mesh, data, model, subject, tx, base, state, batch)
-
-    def keys(self) -> PRNGKeyArray:
-        """Keys of the model's start, the adapter's start and the training."""
-        return jax.random.split(jax.random.key(self.config.seed), 3)
 
     def parameters(self) -> Tree:
         """The model's parameters before this run trains: drawn, or read from `init_from`.
@@ -182,7 +182,7 @@ class Job:
 
     def start(self) -> tuple[Tree, TrainState]:
         """The frozen base and the state before the first step."""
-        _, adapter_key, run_key = self.keys()
+        _, adapter_key, run_key = keys(self.config.seed)
         params = self.parameters()
         if self.config.adapter is not None:
             method = self.config.adapter
@@ -268,6 +268,11 @@ class Job:
         return {name: bytes_per_device(tree, where(tree), self.mesh) for name, tree in parts.items()}
 
 
+def keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
+    """Of the model's start, the adapter's start, and the training."""
+    return tuple(jax.random.split(jax.random.key(seed), 3))
+
+
 def patches(model: Any) -> int:
     """Positions that a Vision Transformer's layers see."""
     return model.positions.shape[0]
@@ -291,4 +296,4 @@ def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Tree:
     draw = jax.jit(
         lambda key: split(build(model, key))[1], out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
     )
-    return draw(jax.random.split(jax.random.key(config.seed), 3)[0])
+    return draw(keys(config.seed)[0])

@@ -34,13 +34,15 @@ class TrainState:
       frozen: `adapter.frozen`, which a method's own rule may change; empty without an adapter.
       opt_state: of optax.
       key: of dropout.
+
+    In place of arrays, leaves may also be their shapes or specs.
     """
 
-    step: Array
+    step: Any
     trainable: Tree
     frozen: Tree
     opt_state: Tree
-    key: PRNGKeyArray
+    key: Any
 
 
 @dataclass(frozen=True)
