@@ -1,6 +1,5 @@
 """Arrays without compilation: shapes by abstract evaluation, values by NumPy."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ def random_adapter(method: vj.Method, base: Any, seed: int = 1, sites: list[vj.S
 def moved(adapter: vj.Adapter, seed: int = 2) -> vj.Adapter:
     """`adapter` with random values added to everything that trains."""
     noise = filled(adapter.trainable, seed)
-    return dataclasses.replace(adapter, trainable=jax.tree.map(lambda a, b: np.add(a, b), adapter.trainable, noise))
+    return adapter.with_trainable(jax.tree.map(lambda a, b: jnp.asarray(np.add(a, b)), adapter.trainable, noise))
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:

@@ -1,0 +1,317 @@
+"""What every method of the registry must satisfy; a new method is covered by being registered."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from flax import nnx
+from helpers import close, moved, parameters
+
+import vlora_jax as vj
+from vlora_jax.adapters.bind import Shared
+from vlora_jax.adapters.registry import METHODS, from_config
+from vlora_jax.adapters.trees import flatten
+from vlora_jax.errors import ConfigError, ConversionError
+
+SMALL = {"rank": 2}  # options for kernels as small as the ones here, where a method has them
+CHANGES_AT_START = frozenset()  # methods whose adapters change the model before any training
+NO_EMBEDDINGS = frozenset()  # methods that refuse embedding tables
+
+every_method = pytest.mark.parametrize("name", METHODS)
+X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
+
+
+def small(name: str, **options) -> vj.Method:
+    fields = METHODS[name].__dataclass_fields__
+    return METHODS[name](**{key: value for key, value in SMALL.items() if key in fields}, **options)
+
+
+class Block(nnx.Module):
+    """A residual MLP from an axis of 4 to one of 6 and from two axes back."""
+
+    def __init__(self, rngs, **dtypes):
+        self.up = nnx.Linear(4, 6, rngs=rngs, **dtypes)
+        self.down = nnx.Einsum("...nh,nhd->...d", (2, 3, 4), rngs=rngs, **dtypes)
+
+    def __call__(self, x):
+        return x + self.down(jnp.tanh(self.up(x)).reshape(*x.shape[:-1], 2, 3))
+
+
+class Tower(nnx.Module):
+    """Three stacked blocks and a layer that is not stacked."""
+
+    def __init__(self, rngs, **dtypes):
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(functools.partial(Block, **dtypes)))(rngs)
+        self.out = nnx.Linear(4, 5, rngs=rngs, **dtypes)
+
+    def __call__(self, x):
+        graphdef, shared, layers = nnx.split(self.blocks, Shared, ...)
+        return self.out(jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, shared, layer)(h), None), x, layers)[0])
+
+
+def unrolled(base, adapter, x, change):
+    """`Tower` as a Python loop over its layers.
+
+    `change` of a layer's output `y` is a function of `(method, x, y, kernel, factors)`.
+    """
+    methods = {site.path: adapter.method.for_site(site) for site in adapter.sites}
+
+    def linear(path, x, kernel, layer=...):
+        y = x @ kernel
+        factors = {name: value[layer] for name, value in adapter.factors(path).items()}
+        return y + change(methods[path], x, y, kernel, factors | adapter.shared)
+
+    leaves = flatten(base)
+    h = x.reshape(-1, 4)
+    for layer in range(3):
+        up = linear("blocks/up", h, leaves["blocks/up/kernel"][layer], layer) + leaves["blocks/up/bias"][layer]
+        h = h + linear("blocks/down", jnp.tanh(up), leaves["blocks/down/kernel"][layer].reshape(6, 4), layer)
+    return (linear("out", h, leaves["out/kernel"]) + leaves["out/bias"]).reshape(*x.shape[:-1], 5)
+
+
+def by_forward(method, x, y, kernel, factors):
+    return method.forward(x, y, kernel, factors)
+
+
+def by_delta(method, x, y, kernel, factors):
+    return x @ method.delta(kernel, factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method on `Tower`: its adapter at the start and with random values, and what it computes."""
+
+    method: vj.Method
+    graphdef: nnx.GraphDef
+    base: Any
+    start: vj.Adapter
+    adapter: vj.Adapter
+    out: dict[str, Any]
+
+
+@functools.cache
+def case(name: str) -> Case:
+    """All that the tests below compare, from one compiled program a method."""
+    method = small(name)
+    graphdef, base = parameters(Tower)
+    apply = functools.partial(vj.apply, graphdef)
+    start = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(base)
+    adapter = moved(start)
+    trainable, rest = vj.partition({"base": base, "adapter": adapter})
+
+    @jax.jit
+    def outputs(base, start, adapter, trainable, rest, x):
+        def loss(trainable):
+            whole = vj.combine(trainable, rest)
+            return jnp.sum(apply(whole["base"], whole["adapter"], x) ** 2)
+
+        both = jax.tree.map(lambda *leaves: jnp.stack(leaves), start, adapter)
+        out = {
+            "base": apply(base, None, x),
+            "start": apply(base, start, x),
+            "applied": apply(base, adapter, x),
+            "both": jax.vmap(apply, (None, 0, None))(base, both, x),
+            "unrolled": unrolled(base, adapter, x, by_forward),
+            "gradient": jax.grad(loss)(trainable),
+        }
+        if method.mergeable:
+            out["merged"] = apply(vj.merge(base, adapter), None, x)
+            out["by delta"] = unrolled(base, adapter, x, by_delta)
+        return out
+
+    out = outputs(base, start, adapter, trainable, rest, X)
+    return Case(method, graphdef, base, start, adapter, out)
+
+
+@every_method
+def test_the_model_is_unchanged_at_the_start_where_that_is_promised(name):
+    out = case(name).out
+    if name in CHANGES_AT_START:
+        assert np.abs(out["start"] - out["base"]).max() > 1e-3
+    else:
+        close(out["start"], out["base"])
+
+
+@every_method
+def test_other_factors_change_the_model(name):
+    out = case(name).out
+    assert np.abs(out["applied"] - out["base"]).max() > 1e-2
+
+
+@every_method
+def test_applied_equals_merged(name):
+    this = case(name)
+    if this.method.mergeable:
+        close(this.out["applied"], this.out["merged"])
+        return
+    with pytest.raises(ConversionError, match=name):
+        vj.merge(this.base, this.adapter)
+
+
+@every_method
+def test_forward_equals_the_product_with_delta(name):
+    this = case(name)
+    if not this.method.mergeable:
+        pytest.skip("no ΔW: the change depends on the input")
+    close(this.out["unrolled"], this.out["by delta"])
+
+
+@every_method
+def test_stacked_layers_equal_a_loop_over_them(name):
+    out = case(name).out
+    close(out["applied"], out["unrolled"])
+
+
+@every_method
+def test_vmap_over_adapters_equals_a_loop(name):
+    out = case(name).out
+    close(out["both"], np.stack([out["start"], out["applied"]]))
+
+
+@every_method
+def test_gradients_reach_all_that_trains_in_every_layer_and_nothing_else(name):
+    this = case(name)
+    trainable, rest = vj.partition({"base": this.base, "adapter": this.adapter})
+    stepped = vj.combine(jax.tree.map(np.subtract, trainable, this.out["gradient"]), rest)
+    before, after = flatten(this.adapter.trainable), flatten(stepped["adapter"].trainable)
+    stacks = {f"sites/{site.path}/": site.layers for site in this.adapter.sites}
+    for path, value in before.items():
+        layers = next((layers for site, layers in stacks.items() if path.startswith(site)), 1)
+        change = np.abs(after[path] - value).reshape(layers, -1)
+        assert (change.max(axis=1) > 0).all(), path
+    jax.tree.map(np.testing.assert_array_equal, stepped["adapter"].frozen, this.adapter.frozen)
+    jax.tree.map(np.testing.assert_array_equal, stepped["base"], this.base)
+
+
+class WithAndWithoutJit(chex.TestCase):
+    """Applying an adapter is a pure function of arrays."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*METHODS)
+    def test_jit_changes_nothing(self, name):
+        this = case(name)
+        close(self.variant(functools.partial(vj.apply, this.graphdef))(this.base, this.adapter, X), this.out["applied"])
+
+
+@every_method
+def test_adapters_are_pytrees(name):
+    adapter = case(name).adapter
+    leaves, structure = jax.tree.flatten(adapter)
+    again = jax.tree.unflatten(structure, leaves)
+    assert (again.method, again.sites) == (adapter.method, adapter.sites)
+    chex.assert_trees_all_equal(again, adapter)
+    doubled = jax.tree.map(lambda leaf: np.add(leaf, leaf), adapter)
+    assert isinstance(doubled, vj.Adapter)
+    for path, leaf in flatten(adapter).items():
+        np.testing.assert_array_equal(flatten(doubled)[path], 2 * np.asarray(leaf))
+    hash(structure)  # jit compares structures by it
+
+
+@every_method
+def test_a_sum_of_changes_is_a_change(name):
+    """Of methods that say so: the layers of a site, weighted, become one layer's factors."""
+    this = case(name)
+    if not this.method.adds_up:
+        with pytest.raises(ConversionError, match="do not add up"):
+            this.method.sum_factors({}, jnp.ones(3))
+        return
+    weights = jnp.array([0.5, -2.0, 1.5])
+    site = next(site for site in this.adapter.sites if site.path == "blocks/up")
+    factors, method = this.adapter.factors(site.path), this.method.for_site(site)
+    kernels = flatten(this.base)[site.leaf_path]
+
+    def both(kernels, factors, weights):
+        layers = jax.vmap(method.delta)(kernels, factors)
+        return method.delta(kernels[0], method.sum_factors(factors, weights)), layers
+
+    summed, layers = jax.jit(both)(kernels, factors, weights)
+    close(summed, np.einsum("l,lio->io", weights, layers))
+
+
+@every_method
+def test_every_trainable_leaf_has_a_learning_rate_group(name):
+    this = case(name)
+    groups = this.method.groups(this.adapter)
+    assert jax.tree.structure(groups) == jax.tree.structure(this.adapter.trainable)
+    assert all(isinstance(group, str) for group in jax.tree.leaves(groups))
+    assert all(rate > 0 for rate in this.method.rates().values())
+
+
+@every_method
+def test_a_half_precision_base_keeps_its_dtype_and_adapters_theirs(name):
+    graphdef, base = parameters(functools.partial(Tower, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+
+    def abstract(base, x):
+        adapter = vj.init(small(name), jax.random.key(0), base)
+        loss = lambda t: vj.apply(graphdef, base, adapter.with_trainable(t), x).astype(jnp.float32).sum()
+        merged = vj.merge(base, adapter) if adapter.method.mergeable else base
+        return adapter, vj.apply(graphdef, base, adapter, x), merged, jax.grad(loss)(adapter.trainable)
+
+    adapter, output, merged, gradient = jax.eval_shape(abstract, base, X.astype(jnp.bfloat16))
+    floats = [leaf.dtype for leaf in jax.tree.leaves(adapter) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+    assert output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+@every_method
+def test_an_embedding_is_changed_as_its_merged_table_says(name):
+    graphdef, base = parameters(lambda rngs: nnx.Embed(7, 4, rngs=rngs))
+    method = small(name, targets=".*")
+    if name in NO_EMBEDDINGS:
+        with pytest.raises(ConfigError, match="embed"):
+            vj.init(method, jax.random.key(0), base)
+        return
+    adapter = moved(jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(base))
+    tokens = jnp.array([[0, 6], [3, 6]])
+    table = vj.merge(base, adapter)["embedding"].get_value()
+    close(jax.jit(functools.partial(vj.apply, graphdef))(base, adapter, tokens), np.asarray(table)[tokens])
+
+
+@every_method
+def test_targets_do_not_influence_each_other_s_start(name):
+    """The draws of a site stay as they are when a further site is adapted."""
+    method, start = dataclasses.replace(small(name), targets="blocks/up"), case(name).start
+    alone = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(case(name).base)
+    chex.assert_trees_all_equal(alone.factors("blocks/up"), start.factors("blocks/up"))
+
+
+@every_method
+def test_a_config_survives_json(name):
+    method = small(name, targets=["q", "v"], exclude="head", full=["norm"])
+    assert from_config(json.loads(json.dumps(method.config()))) == method
+
+
+WRONG = {int: [2.5, "4", True, None], float: [float("nan"), float("inf"), "1", None], bool: [1, "yes", None]}
+
+
+@every_method
+def test_options_of_a_wrong_type_are_refused_by_name(unchecked, name):
+    for field in dataclasses.fields(METHODS[name]):
+        for value in WRONG.get(field.type, []):
+            with pytest.raises(ConfigError, match=f"{name}: {field.name} is {value!r}; it must be"):
+                METHODS[name](**{field.name: value})
+    for field in ("targets", "exclude", "full"):
+        with pytest.raises(ConfigError, match=f"{name}: {field} is .*; it must be a pattern or a list of patterns"):
+            METHODS[name](**{field: ["q", 3]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "lroa"}, "unknown method 'lroa'; nearest: 'lora'"),
+        ({"method": "lora", "rnak": 4}, "lora has no option 'rnak'; nearest: 'rank'"),
+        ({"method": "lora", "targets": 3}, "lora: targets is 3; it must be a pattern or a list of patterns"),
+    ],
+)
+def test_configs_that_mean_nothing_are_refused(unchecked, config, message):
+    with pytest.raises(ConfigError, match=message):
+        from_config(config)
