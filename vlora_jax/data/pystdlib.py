@@ -82,6 +82,9 @@ def load(part: Literal["code", "prose"] = "code", length: int = 256, held_out_wi
       part: source code or the manual's prose.
       length: tokens a window.
       held_out_windows: at most so many windows of the held-out documents, evenly spread.
+
+    Raises:
+      DataError: there are no documents, or not one window of them to train on or to hold out.
     """
     texts: dict[bool, list[bytes]] = {False: [], True: []}
     sides: dict[bytes, bool] = {}  # a copy of a document is on the document's side
@@ -89,6 +92,9 @@ def load(part: Literal["code", "prose"] = "code", length: int = 256, held_out_wi
         side = sides.setdefault(text, zlib.crc32(name.encode()) % 10 == 0)
         texts[side].append(text + SEPARATOR)
     train, held_out = (np.frombuffer(b"".join(texts[side]), np.uint8) for side in (False, True))
+    for what, text in (("training", train), ("held-out", held_out)):
+        if len(text) <= length:
+            raise DataError(f"pystdlib/{part} has {len(text)} {what} tokens, too few for one window of {length}")
     return DataSet(
         name=f"pystdlib/{part}",
         task="next_token",
