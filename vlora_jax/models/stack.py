@@ -118,7 +118,8 @@ class Stack(nnx.Module):
             return (lambda f: f), (lambda f: f)
         policy = POLICIES[self.remat]
         # Inside a loop XLA cannot merge the recomputation with the first pass, so it needs no barrier.
-        wrap = lambda f: jax.checkpoint(f, prevent_cse=self.layers == 1, policy=policy)
+        turns = self.layers if self.vertical is None else self.vertical.compounds(self.layers)
+        wrap = lambda f: jax.checkpoint(f, prevent_cse=turns == 1, policy=policy)
         return wrap, (wrap if self.remat == "nested" else lambda f: f)
 
     def densify(self) -> None:
