@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveInt
 
+from vlora_jax.errors import ConfigError
 from vlora_jax.models.layers import LLAMA_STYLE, Block, BlockConfig, dtypes_of, linear, norm
 from vlora_jax.models.stack import Remat, Stack
 from vlora_jax.vertical.config import Vertical
@@ -66,9 +67,14 @@ class Decoder(nnx.Module):
           positions: of each token; counted from 0 in each row if not given.
           segments: tokens see only their own segment; one segment if not given.
           train: chooses the cheaper form of a vertical stack for training.
+
+        Raises:
+          ConfigError: more tokens than learned positions.
         """
         x = self.embed(tokens)
         if self.config.max_positions:
+            if positions is None and tokens.shape[1] > self.config.max_positions:
+                raise ConfigError(f"{tokens.shape[1]} tokens, but max_positions is {self.config.max_positions}")
             at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
             x = x + self.positions(at)
         return self.norm(self.layers(x, positions, segments, train=train))
