@@ -1,5 +1,6 @@
 """Arrays without compilation: shapes by abstract evaluation, values by NumPy."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 import vlora_jax as vj
+from vlora_jax.adapters.method import Factors, SiteMethod
 
 
 def filled(shapes: Any, seed: int, scale: float = 0.3) -> Any:
@@ -37,3 +39,19 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     """Equal to `tolerance`, relative to the largest value."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(1.0, np.abs(expected).max()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain(SiteMethod):
+    """ΔW = g·W: a forward by `y` and a delta by the kernel agree where both are what the contract says."""
+
+    name = "gain"
+
+    def init_site(self, key, site, kernel):
+        return Factors({"g": jnp.zeros(1)})
+
+    def forward(self, x, y, kernel, factors):
+        return factors["g"].astype(y.dtype) * y
+
+    def delta(self, kernel, factors):
+        return factors["g"] * kernel

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, parameters, random_adapter
+from helpers import Gain, close, parameters, random_adapter
 from third_party import MODELS, Attention, X
 
 import vlora_jax as vj
@@ -26,7 +26,8 @@ def attention():
 def test_bound_equals_merged_and_starts_as_the_base(name):
     make, x = MODELS[name]
     graphdef, base = parameters(make)
-    adapters = [random_adapter(ANY, base, 1), random_adapter(vj.Diagonal(targets=".*"), base, 2)]
+    methods = (ANY, vj.Diagonal(targets=".*"), Gain(targets=".*"))
+    adapters = [random_adapter(method, base, seed) for seed, method in enumerate(methods)]
 
     @jax.jit
     def outputs(base, adapters, x):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import close, filled, random_adapter
+from helpers import Gain, close, filled, random_adapter
 from third_party import X
 from third_party_linen import MODELS, Attention, Grid, Scanned, Square
 
@@ -35,7 +35,8 @@ def test_applied_equals_merged_and_gradients_reach_every_leaf(name):
     variables, sites = prepared(model, x)
     params = variables["params"]
     assert sites
-    adapters = [random_adapter(m, params, i, sites) for i, m in enumerate((ANY, vj.Diagonal(targets=".*")), 1)]
+    methods = (ANY, vj.Diagonal(targets=".*"), Gain(targets=".*"))
+    adapters = [random_adapter(method, params, seed, sites) for seed, method in enumerate(methods)]
 
     @jax.jit
     def outputs(params, adapters, x):

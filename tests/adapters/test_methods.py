@@ -56,6 +56,9 @@ class Tower(nnx.Module):
         return self.out(jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, shared, layer)(h), None), x, layers)[0])
 
 
+GRAPH = parameters(Tower)[0]
+
+
 def unrolled(base, adapter, x, change):
     """`Tower` as a Python loop over its layers.
 
@@ -88,8 +91,8 @@ def by_delta(method, x, y, kernel, factors):
 class Case:
     """One method on `Tower`: its adapter at the start and with random values, and what it computes."""
 
+    name: str
     method: vj.Method
-    graphdef: nnx.GraphDef
     base: Any
     start: vj.Adapter
     adapter: vj.Adapter
@@ -97,13 +100,19 @@ class Case:
 
 
 @functools.cache
-def case(name: str) -> Case:
+def adapters(name: str) -> tuple[Any, vj.Adapter, vj.Adapter]:
+    """The base, an adapter at its start, and the same with random values."""
+    base = parameters(Tower)[1]
+    start = jax.jit(lambda base: vj.init(small(name), jax.random.key(0), base))(base)
+    return base, start, moved(start)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(request) -> Case:
     """All that the tests below compare, from one compiled program a method."""
-    method = small(name)
-    graphdef, base = parameters(Tower)
-    apply = functools.partial(vj.apply, graphdef)
-    start = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(base)
-    adapter = moved(start)
+    method = small(request.param)
+    base, start, adapter = adapters(request.param)
+    apply = functools.partial(vj.apply, GRAPH)
     trainable, rest = vj.partition({"base": base, "adapter": adapter})
 
     @jax.jit
@@ -127,67 +136,57 @@ def case(name: str) -> Case:
         return out
 
     out = outputs(base, start, adapter, trainable, rest, X)
-    return Case(method, graphdef, base, start, adapter, out)
+    return Case(request.param, method, base, start, adapter, out)
 
 
-@every_method
-def test_the_model_is_unchanged_at_the_start_where_that_is_promised(name):
-    out = case(name).out
-    if name in CHANGES_AT_START:
+def test_the_model_is_unchanged_at_the_start_where_that_is_promised(case):
+    out = case.out
+    if case.name in CHANGES_AT_START:
         assert np.abs(out["start"] - out["base"]).max() > 1e-3
     else:
         close(out["start"], out["base"])
 
 
-@every_method
-def test_other_factors_change_the_model(name):
-    out = case(name).out
+def test_other_factors_change_the_model(case):
+    out = case.out
     assert np.abs(out["applied"] - out["base"]).max() > 1e-2
 
 
-@every_method
-def test_applied_equals_merged(name):
-    this = case(name)
-    if this.method.mergeable:
-        close(this.out["applied"], this.out["merged"])
+def test_applied_equals_merged(case):
+    if case.method.mergeable:
+        close(case.out["applied"], case.out["merged"])
         return
-    with pytest.raises(ConversionError, match=name):
-        vj.merge(this.base, this.adapter)
+    with pytest.raises(ConversionError, match=case.name):
+        vj.merge(case.base, case.adapter)
 
 
-@every_method
-def test_forward_equals_the_product_with_delta(name):
-    this = case(name)
-    if not this.method.mergeable:
+def test_forward_equals_the_product_with_delta(case):
+    if not case.method.mergeable:
         pytest.skip("no ΔW: the change depends on the input")
-    close(this.out["unrolled"], this.out["by delta"])
+    close(case.out["unrolled"], case.out["by delta"])
 
 
-@every_method
-def test_stacked_layers_equal_a_loop_over_them(name):
-    out = case(name).out
+def test_stacked_layers_equal_a_loop_over_them(case):
+    out = case.out
     close(out["applied"], out["unrolled"])
 
 
-@every_method
-def test_vmap_over_adapters_equals_a_loop(name):
-    out = case(name).out
+def test_vmap_over_adapters_equals_a_loop(case):
+    out = case.out
     close(out["both"], np.stack([out["start"], out["applied"]]))
 
 
-@every_method
-def test_gradients_reach_all_that_trains_in_every_layer_and_nothing_else(name):
-    this = case(name)
-    trainable, rest = vj.partition({"base": this.base, "adapter": this.adapter})
-    stepped = vj.combine(jax.tree.map(np.subtract, trainable, this.out["gradient"]), rest)
-    before, after = flatten(this.adapter.trainable), flatten(stepped["adapter"].trainable)
-    stacks = {f"sites/{site.path}/": site.layers for site in this.adapter.sites}
+def test_gradients_reach_all_that_trains_in_every_layer_and_nothing_else(case):
+    trainable, rest = vj.partition({"base": case.base, "adapter": case.adapter})
+    stepped = vj.combine(jax.tree.map(np.subtract, trainable, case.out["gradient"]), rest)
+    before, after = flatten(case.adapter.trainable), flatten(stepped["adapter"].trainable)
+    stacks = {f"sites/{site.path}/": site.layers for site in case.adapter.sites}
     for path, value in before.items():
         layers = next((layers for site, layers in stacks.items() if path.startswith(site)), 1)
         change = np.abs(after[path] - value).reshape(layers, -1)
         assert (change.max(axis=1) > 0).all(), path
-    jax.tree.map(np.testing.assert_array_equal, stepped["adapter"].frozen, this.adapter.frozen)
-    jax.tree.map(np.testing.assert_array_equal, stepped["base"], this.base)
+    jax.tree.map(np.testing.assert_array_equal, stepped["adapter"].frozen, case.adapter.frozen)
+    jax.tree.map(np.testing.assert_array_equal, stepped["base"], case.base)
 
 
 class WithAndWithoutJit(chex.TestCase):
@@ -195,14 +194,14 @@ class WithAndWithoutJit(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(*METHODS)
-    def test_jit_changes_nothing(self, name):
-        this = case(name)
-        close(self.variant(functools.partial(vj.apply, this.graphdef))(this.base, this.adapter, X), this.out["applied"])
+    def test_apply_equals_a_loop_over_layers(self, name):
+        base, _, adapter = adapters(name)
+        apply = self.variant(functools.partial(vj.apply, GRAPH))
+        close(apply(base, adapter, X), unrolled(base, adapter, X, by_forward))
 
 
-@every_method
-def test_adapters_are_pytrees(name):
-    adapter = case(name).adapter
+def test_adapters_are_pytrees(case):
+    adapter = case.adapter
     leaves, structure = jax.tree.flatten(adapter)
     again = jax.tree.unflatten(structure, leaves)
     assert (again.method, again.sites) == (adapter.method, adapter.sites)
@@ -214,18 +213,16 @@ def test_adapters_are_pytrees(name):
     hash(structure)  # jit compares structures by it
 
 
-@every_method
-def test_a_sum_of_changes_is_a_change(name):
+def test_a_sum_of_changes_is_a_change(case):
     """Of methods that say so: the layers of a site, weighted, become one layer's factors."""
-    this = case(name)
-    if not this.method.adds_up:
+    if not case.method.adds_up:
         with pytest.raises(ConversionError, match="do not add up"):
-            this.method.sum_factors({}, jnp.ones(3))
+            case.method.sum_factors({}, jnp.ones(3))
         return
     weights = jnp.array([0.5, -2.0, 1.5])
-    site = next(site for site in this.adapter.sites if site.path == "blocks/up")
-    factors, method = this.adapter.factors(site.path), this.method.for_site(site)
-    kernels = flatten(this.base)[site.leaf_path]
+    site = next(site for site in case.adapter.sites if site.path == "blocks/up")
+    factors, method = case.adapter.factors(site.path), case.method.for_site(site)
+    kernels = flatten(case.base)[site.leaf_path]
 
     def both(kernels, factors, weights):
         layers = jax.vmap(method.delta)(kernels, factors)
@@ -235,13 +232,11 @@ def test_a_sum_of_changes_is_a_change(name):
     close(summed, np.einsum("l,lio->io", weights, layers))
 
 
-@every_method
-def test_every_trainable_leaf_has_a_learning_rate_group(name):
-    this = case(name)
-    groups = this.method.groups(this.adapter)
-    assert jax.tree.structure(groups) == jax.tree.structure(this.adapter.trainable)
+def test_every_trainable_leaf_has_a_learning_rate_group(case):
+    groups = case.method.groups(case.adapter)
+    assert jax.tree.structure(groups) == jax.tree.structure(case.adapter.trainable)
     assert all(isinstance(group, str) for group in jax.tree.leaves(groups))
-    assert all(rate > 0 for rate in this.method.rates().values())
+    assert all(rate > 0 for rate in case.method.rates().values())
 
 
 @every_method
@@ -276,11 +271,10 @@ def test_an_embedding_is_changed_as_its_merged_table_says(name):
     close(jax.jit(functools.partial(vj.apply, graphdef))(base, adapter, tokens), np.asarray(table)[tokens])
 
 
-@every_method
-def test_targets_do_not_influence_each_other_s_start(name):
+def test_targets_do_not_influence_each_other_s_start(case):
     """The draws of a site stay as they are when a further site is adapted."""
-    method, start = dataclasses.replace(small(name), targets="blocks/up"), case(name).start
-    alone = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(case(name).base)
+    method, start = dataclasses.replace(small(case.name), targets="blocks/up"), case.start
+    alone = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(case.base)
     chex.assert_trees_all_equal(alone.factors("blocks/up"), start.factors("blocks/up"))
 
 
