@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
@@ -221,7 +222,7 @@ def restore(template: Tree, flat: dict[str, Any], what: str) -> Tree:
             raise CheckpointError(
                 f"{what}: {path} is {leaf.dtype}{list(leaf.shape)}, expected {like.dtype}{list(like.shape)}"
             )
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
             raise CheckpointError(f"{what}: {path} has values that are not finite")
     place = lambda leaf, like: jax.device_put(leaf, like.sharding) if like.sharding is not None else leaf
     return jax.tree.map(place, tree, template)

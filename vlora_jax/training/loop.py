@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -69,19 +69,25 @@ class Result:
     state: TrainState = field(repr=False)
 
 
-def train(config: RunConfig, console: Console | None = None, stop: Callable[[], bool] | None = None) -> Result:
+def train(
+    config: RunConfig,
+    console: Console | None = None,
+    stop: Callable[[], bool] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Result:
     """Train, or continue the run that is in `config.run_dir`.
 
     Args:
       config: of the run.
       console: for progress; standard output if not given.
       stop: asked after every step; true saves and returns.
+      devices: to train on; all there are if not given.
 
     Raises:
       VloraError: of some kind: the input is wrong, the directory belongs to another run, the loss is not finite.
     """
     console = console or Console()
-    job = Job.of(config)
+    job = Job.of(config, devices)
     run = Path(config.run_dir)
     with lock(run), jax.set_mesh(job.mesh):
         continued = open_run(config)

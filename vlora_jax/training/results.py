@@ -78,7 +78,7 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     )
     base, missing = None, ""
     try:
-        base = parameters(config, model, make_mesh())
+        base = parameters(config, model, make_mesh(devices=jax.devices()[:1]))
         found = checkpoint.fingerprint(base)
         if found != saved.metadata["base_fingerprint"]:
             raise BaseMismatchError(f"{config.init_from or 'the seed'} gives another base than {run} was trained on")

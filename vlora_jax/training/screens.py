@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.table import Table
 
 from vlora_jax.adapters.adapter import count
@@ -70,9 +69,9 @@ def first_screen(job: Job, memory: Any = None) -> Table:
     table.add_row(
         "types", f"parameters {job.model.param_dtype}, activations {job.model.dtype}, remat {job.model.remat}"
     )
-    device = jax.devices()[0]
+    device = job.mesh.devices.flat[0]
     axes = " × ".join(f"{name} {size}" for name, size in job.mesh.shape.items() if size > 1) or "no mesh"
-    table.add_row("devices", f"{jax.device_count()} × {device.device_kind} ({axes})")
+    table.add_row("devices", f"{job.mesh.size} × {device.device_kind} ({axes})")
     parts = job.bytes() | ({"temporaries": memory.temp_size_in_bytes} if memory is not None else {})
     table.add_row("memory", ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items()) + " a device")
     table.add_row("run", f"{config.run_dir}; stop with Ctrl-C, the same command continues")
