@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.bind import Shared, child
 from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
@@ -125,14 +126,42 @@ class Stack(nnx.Module):
     def densify(self) -> None:
         """Turn this stack into its dense twin, in place: one kernel a layer, no increments."""
         vertical, increments = self.vertical, self._tensors()
+        if vertical is None:
+            return
         for site in self.sites:
             module = child(self.block, site.path)
             stored = getattr(module, site.leaf)
             kernels = dense_kernels(vertical, site, site.matrix(stored.get_value()), increments)
-            layout = Layout(site.kind, site.inputs, site.outputs)
-            setattr(module, site.leaf, nnx.Param(site.kernel(kernels).astype(stored.dtype), layout=layout))
+            setattr(module, site.leaf, nnx.Param(site.kernel(kernels).astype(stored.dtype), layout=_layout(site)))
         self.vertical, self.sites = None, ()
         self.increments = nnx.data({})
+
+    def share(self, vertical: Vertical, fit: Callable[[Site, Array], tuple[Array, dict[str, FactorDict]]]) -> None:
+        """Turn this dense stack into a vertical one, in place.
+
+        Args:
+          fit: takes a shared kernel's site and every layer's values `(layers, in, out)`; gives base kernels
+            `(compounds, in, out)` and the increments' tensors `(compounds, increments, …)` by method.
+
+        Raises:
+          ConfigError, TargetError: as for a new vertical stack.
+        """
+        sites = shared_sites(vertical, self.layers, split(self.block)[1])
+        increments: Increments = {method.name: {} for method in vertical.methods}
+        for site in sites:
+            module = child(self.block, site.path)
+            stored = getattr(module, site.leaf)
+            bases, tensors = fit(site, site.matrix(stored.get_value()))
+            values = site.kernel(bases).astype(stored.dtype)
+            setattr(module, site.leaf, BaseKernel(values, layout=_layout(site, self.layers)))
+            for name, of_site in tensors.items():
+                increments[name][site.path] = of_site
+        self.vertical, self.sites = vertical, sites
+        self.increments = nnx.data(jax.tree.map(nnx.Param, increments))
+
+
+def _layout(site: Site, layers: int | None = None) -> Layout:
+    return Layout(site.kind, site.inputs, site.outputs, layers)
 
 
 def shared_sites(vertical: Vertical, layers: int, block: Tree) -> tuple[Site, ...]:
@@ -167,7 +196,7 @@ def draw_vertical(vertical: Vertical, sites: Sequence[Site], draw: Callable, key
     leaves, increments = dict(every), {method.name: {} for method in vertical.methods}
     for site in sites:
         path = tuple(site.leaf_path.split("/"))
-        leaves[path] = BaseKernel(bases[path].get_value(), layout=Layout(site.kind, site.inputs, site.outputs, layers))
+        leaves[path] = BaseKernel(bases[path].get_value(), layout=_layout(site, layers))
         for method in vertical.methods:
             kernel = None
             if method.reads_base:

@@ -1,5 +1,7 @@
 """Vertical to dense: ordinary parameters for any other model code."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -44,8 +46,9 @@ def expand(graphdef: nnx.GraphDef, base: Tree) -> tuple[nnx.GraphDef, nnx.State]
       Graph and parameters as from `vlora_jax.split`; a model without vertical stacks comes back unchanged.
     """
     model = nnx.merge(graphdef, base)
+    module: Any
     for _, module in nnx.iter_modules(model):
-        if getattr(module, "vertical", None) is not None:
+        if hasattr(module, "densify"):
             module.densify()
     note_in_configs(model, None)
     return split(model)
@@ -53,7 +56,8 @@ def expand(graphdef: nnx.GraphDef, base: Tree) -> tuple[nnx.GraphDef, nnx.State]
 
 def note_in_configs(model: nnx.Module, vertical: Vertical | None) -> None:
     """Let the configs that a model carries say what its stacks have become: built from one, it is the same model."""
+    module: Any
     for _, module in nnx.iter_modules(model):
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if "vertical" in getattr(type(config), "model_fields", ()):
             module.config = config.model_copy(update={"vertical": vertical})
