@@ -113,7 +113,7 @@ def splash(
         k, v = (jnp.repeat(array, tensor // math.gcd(tensor, k.shape[2]), axis=2) for array in (k, v))
 
     def one(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        return kernel(q * q.shape[-1] ** -0.5, k, v, segment_ids=kernels.SegmentIds(q=segments, kv=segments))
+        return kernel(q * q.shape[-1] ** -0.5, k, v, segment_ids=kernels.SegmentIds(q=segments, kv=segments))  # type: ignore[return-value]
 
     call = jax.vmap(one)
     q, k, v = (array.transpose(0, 2, 1, 3) for array in (q, k, v))
