@@ -1,5 +1,6 @@
 """Arrays without compilation: shapes by abstract evaluation, values by NumPy."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +44,22 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain(SiteMethod):
-    """ΔW = g·W: a forward by `y` and a delta by the kernel agree where both are what the contract says."""
+    """ΔW = g·Σc·W: g of each layer, c shared by all; a forward by `y` and a delta by the kernel agree.
+
+    There are as many c as the stacked models here have layers: taking one for each layer would go unnoticed elsewhere.
+    """
 
     name = "gain"
+
+    def init(self, key, sites, base):
+        adapter = super().init(key, sites, base)
+        return dataclasses.replace(adapter, frozen={"sites": {}, "shared": {"c": jnp.ones(3)}})
 
     def init_site(self, key, site, kernel):
         return Factors({"g": jnp.zeros(1)})
 
     def forward(self, x, y, kernel, factors):
-        return factors["g"].astype(y.dtype) * y
+        return (factors["g"] * factors["c"].sum()).astype(y.dtype) * y
 
     def delta(self, kernel, factors):
-        return factors["g"] * kernel
+        return factors["g"] * factors["c"].sum() * kernel

@@ -63,6 +63,27 @@ def test_binding_and_calling_leave_base_and_graph_as_they_were(attention):
     assert not any(isinstance(module, Adapted) for _, module in nnx.iter_modules(nnx.merge(graphdef, base)))
 
 
+class Stateful(nnx.Module):
+    """A model that writes to its own variables when it is called."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.up(x)))
+
+
+def test_a_model_s_own_state_does_not_leak_into_the_base():
+    graphdef, base = vj.split(Stateful(nnx.Rngs(0)))
+    numbers = lambda: [np.array(base["norm"]["mean"].get_value()), int(base["drop"]["rngs"]["count"].get_value())]
+    before = numbers()
+    for adapter in (None, random_adapter(vj.LoRA(rank=2), base["up"], sites=vj.find_sites(base))):
+        vj.apply(graphdef, base, adapter, X)
+        np.testing.assert_equal(numbers(), before)
+
+
 def test_leaves_trained_whole_take_the_place_of_the_base_s(attention):
     graphdef, base = attention
     adapter = random_adapter(vj.LoRA(rank=2, targets="up", full=["norm", "head/bias"]), base)

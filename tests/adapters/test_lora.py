@@ -252,7 +252,7 @@ def test_as_many_numbers_train_as_the_papers_count(layers, sides, options, numbe
 
 def test_lora_plus_trains_b_faster(stacked):
     adapter = random_adapter(vj.LoRA(rank=2, b_rate=16.0, full="up/bias"), stacked)
-    config = OptimizerConfig(name="sgd", b1=0.0, rate=0.1, schedule="constant", warmup=0, clip=None)
+    config = OptimizerConfig(name="sgd", b1=0.0, rate=0.1, schedule="constant", warmup=0, decay=0.0, clip=None)
     tx = optimizer(config, 10, adapter.trainable, adapter)
     ones = jax.tree.map(jnp.ones_like, adapter.trainable)
     updates = flatten(jax.jit(lambda: tx.update(ones, tx.init(ones), ones)[0])())

@@ -15,7 +15,6 @@ from flax import nnx
 from helpers import close, moved, parameters
 
 import vlora_jax as vj
-from vlora_jax.adapters.bind import Shared
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.errors import ConfigError, ConversionError
@@ -52,8 +51,8 @@ class Tower(nnx.Module):
         self.out = nnx.Linear(4, 5, rngs=rngs, **dtypes)
 
     def __call__(self, x):
-        graphdef, shared, layers = nnx.split(self.blocks, Shared, ...)
-        return self.out(jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, shared, layer)(h), None), x, layers)[0])
+        graphdef, layers = nnx.split(self.blocks)
+        return self.out(jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, layer)(h), None), x, layers)[0])
 
 
 GRAPH = parameters(Tower)[0]

@@ -21,8 +21,11 @@ from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_vi
 from vlora_jax.errors import TargetError
 
 
-class Shared(nnx.Variable):
-    """A tensor that all layers use alike: it has no layer axis and is closed over in a scan."""
+class Shared:
+    """Tensors that all layers use alike: no part of a module's state, so that any scan over layers closes over them."""
+
+    def __init__(self, tensors: FactorDict):
+        self.tensors = tensors
 
 
 class Adapted(nnx.Module):
@@ -33,7 +36,7 @@ class Adapted(nnx.Module):
         self.site = site
         self.methods = tuple(part.method for part in parts)
         self.factors = nnx.data([{k: nnx.Param(v) for k, v in part.factors.items()} for part in parts])
-        self.shared = nnx.data([part.shared for part in parts])
+        self.shared = tuple(Shared(part.shared) for part in parts)
         self.keys = nnx.data([None if part.key is None else nnx.Param(part.key) for part in parts])
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:  # Flax's own name, for calls by keyword
@@ -76,8 +79,8 @@ class Adapted(nnx.Module):
 
     def part(self, index: int) -> FactorDict:
         """Tensors of one adapter at this site, its own and the shared ones."""
-        values = self.shared[index] | self.factors[index]
-        return {name: variable.get_value() for name, variable in values.items()}
+        own = {name: variable.get_value() for name, variable in self.factors[index].items()}
+        return self.shared[index].tensors | own
 
     def together(self, x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
         """See `together`; models reach it through any module that has this method."""
@@ -114,7 +117,7 @@ class Part:
 
     method: Method
     factors: FactorDict
-    shared: dict[str, Shared]
+    shared: FactorDict
     key: Array | None = None
 
 
@@ -169,11 +172,10 @@ def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArr
       ConfigError: two adapters train the same parameter whole.
     """
     leaves = flatten(base)
-    model = nnx.merge(graphdef, replace_leaves(base, whole_values(adapters, leaves)))
+    model = nnx.merge(graphdef, replace_leaves(base, whole_values(adapters, leaves)), copy=True)  # base stays as it is
     parts: dict[str, list[Part]] = {}
     sites: dict[str, Site] = {}
     for index, adapter in enumerate(adapters):
-        shared = {name: Shared(value) for name, value in adapter.shared.items()}
         for site in adapter.sites:
             if site.leaf_path not in leaves:
                 raise TargetError(f"the adapter changes {site.leaf_path}, which this model does not have")
@@ -182,7 +184,7 @@ def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArr
             keys = None
             if key is not None and getattr(method, "dropout", 0.0) > 0:
                 keys = jax.random.split(site_key(jax.random.fold_in(key, index), site.path), site.stack)
-            parts.setdefault(site.path, []).append(Part(method, adapter.factors(site.path), shared, keys))
+            parts.setdefault(site.path, []).append(Part(method, adapter.factors(site.path), adapter.shared, keys))
     return attach(model, {path: (sites[path], parts[path]) for path in parts})
 
 
