@@ -11,16 +11,7 @@ Only the second table is timed; compiled FLOPs and bytes are the same on every r
 """
 
 import os
-import sys
 
-# Without these settings glibc gives a step's large buffers back to the kernel, and the next step spends up to a third
-# of its time on page faults. They are read when a process starts.
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = (
-        "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
-        "glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
-    )
-    os.execv(sys.executable, sys.orig_argv)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
@@ -47,6 +38,7 @@ from vlora_jax.inspection.hlo import dot_flops
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
+from vlora_jax.training.allocator import keep_large_buffers
 from vlora_jax.training.job import abstract_model, build
 from vlora_jax.training.loss import CHUNK, LOSSES
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
@@ -338,6 +330,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} timed steps: to see that it works")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args()
+    keep_large_buffers()
     repeats = QUICK_REPEATS if options.quick else options.repeats
     if repeats < 1:
         parser.error(f"--repeats {repeats}: it must be at least 1")

@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(flat, message):
 
 
 def test_too_little_disk_is_said_before_writing(tmp_path):
-    with pytest.raises(ResourceError, match="a checkpoint needs .* MiB, .* MiB are free"):
+    with pytest.raises(ResourceError, match=r"a checkpoint needs .* MiB, .* MiB are free"):
         checkpoint.check_space(tmp_path, 2**60)
 
 

@@ -65,7 +65,7 @@ class Method:
                 object.__setattr__(self, each.name, tuple(value))
             if isinstance(value, Mapping):
                 object.__setattr__(self, each.name, tuple(value.items()))
-            if each.name.endswith("_pattern") and not isinstance(value, list | tuple | Mapping):
+            if each.name.endswith("_pattern") and not is_table(value):
                 raise ConfigError(f"{self.name}: {each.name} is {value!r}; it must map patterns to values")
             check_type(f"{self.name}: {each.name}", value, each.type)
 
@@ -183,6 +183,13 @@ class LowRank(SiteMethod):
 
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
         return self.up(thin(x, self.down(factors)), x, y, kernel, factors)
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is a mapping, or the pairs of one."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+    )
 
 
 def check_type(what: str, value: Any, kind: Any) -> None:

@@ -13,19 +13,21 @@ from vlora_jax.errors import ConfigError
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, Diagonal)}
 
 
-def from_config(config: Mapping[str, Any]) -> Method:
+def from_config(config: Any) -> Method:
     """A method from plain values, `{"method": "lora", "rank": 8}`; the inverse of `Method.config`.
 
     Raises:
-      ConfigError: an unknown method or option; the nearest name is given.
+      ConfigError: no mapping, or an unknown method or option; the nearest name is given.
 
     >>> from_config({"method": "lora", "rank": 4}).rank
     4
     """
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise ConfigError(f"a method is written {{method: lora, rank: 8}}, not {config!r}")
     options = dict(config)
-    name = options.pop("method", "lora")
+    name = str(options.pop("method", "lora"))
     if name not in METHODS:
-        hint = difflib.get_close_matches(str(name), METHODS, 1, 0)[0]
+        hint = difflib.get_close_matches(name, METHODS, 1, 0)[0]
         raise ConfigError(f"unknown method {name!r}; nearest: {hint!r}")
     fields = [each.name for each in dataclasses.fields(METHODS[name])]
     for option in options:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from vlora_jax.cli import doctor, inspect, merge, methods, train
 from vlora_jax.errors import VloraError
+from vlora_jax.training.allocator import keep_large_buffers
 
 app = typer.Typer(
     name="vlora-jax",
@@ -21,12 +22,19 @@ for name, verb in {"train": train, "inspect": inspect, "merge": merge, "methods"
     app.command(name)(verb.command)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Run the command line and exit: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped and saved."""
     try:
-        app(args=None if arguments is None else list(arguments))
+        app(args=list(arguments))
     except VloraError as error:
         fail(str(error), error.exit_code)
+
+
+def main() -> None:
+    """The command as started from a shell."""
+    if sys.argv[1:2] == ["train"]:
+        keep_large_buffers()
+    run(sys.argv[1:])
 
 
 def fail(message: str, code: int) -> None:

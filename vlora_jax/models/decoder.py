@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.layers import LLAMA_STYLE, Block, BlockConfig, dtypes_of, linear, norm
@@ -23,7 +23,7 @@ class DecoderConfig(BlockConfig):
     out_bias: bool = LLAMA_STYLE["out_bias"]
     mlp_bias: bool = LLAMA_STYLE["mlp_bias"]
     causal: bool = LLAMA_STYLE["causal"]
-    rotary_theta: float | None = LLAMA_STYLE["rotary_theta"]
+    rotary_theta: PositiveFloat | None = LLAMA_STYLE["rotary_theta"]
 
     family: Literal["decoder"] = "decoder"
     vocabulary: PositiveInt = 256

@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable] = {
 class BlockConfig(BaseModel):
     """One pre-norm Transformer block. The defaults are a Vision Transformer's; see `LLAMA_STYLE`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     width: PositiveInt = 64
     heads: PositiveInt = 4
@@ -31,7 +31,7 @@ class BlockConfig(BaseModel):
     head_dim: PositiveInt | None = Field(None, description="width / heads if not given")
     mlp_width: PositiveInt = 256
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
     gated: bool = Field(False, description="SwiGLU-style MLP: activation(gate) · up")
     qkv_bias: bool = True
@@ -39,7 +39,7 @@ class BlockConfig(BaseModel):
     mlp_bias: bool = True
     fused_qkv: bool = Field(False, description="one kernel for query, key and value")
     causal: bool = False
-    rotary_theta: float | None = Field(None, description="rotary position embedding with this base; None: none")
+    rotary_theta: PositiveFloat | None = Field(None, description="rotary position embedding with this base; None: none")
     kernel_std: PositiveFloat | None = Field(
         None, description="deviation of kernels at the start, .02 in ViT and GPT-2; None: 1/√in, which fits any width"
     )

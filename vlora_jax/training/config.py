@@ -41,7 +41,7 @@ class DigitsConfig(Section):
 
     name: Literal["digits"] = "digits"
     batch: PositiveInt = Field(64, description="examples a micro-batch, over all devices")
-    augment: bool = Field(True, description="shift training images by up to a pixel")
+    augment: bool = Field(False, description="shift training images by up to a pixel")
 
 
 class PystdlibConfig(Section):
@@ -59,7 +59,7 @@ DataConfig = Annotated[DigitsConfig | PystdlibConfig, Discriminator("name")]
 class EvaluateConfig(Section):
     """When to look at held-out data, and what to conclude."""
 
-    every: PositiveInt = Field(250, description="steps")
+    every: PositiveInt = Field(100, description="steps")
     metric: Literal["accuracy", "loss"] = "accuracy"
     patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a new best")
     batch: PositiveInt = Field(120, description="examples at a time", json_schema_extra=ANYTIME)
@@ -68,7 +68,7 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """When to save. The best step by `evaluate.metric` is kept as well."""
 
-    every: PositiveInt = Field(250, description="steps", json_schema_extra=ANYTIME)
+    every: PositiveInt = Field(100, description="steps", json_schema_extra=ANYTIME)
     keep: int = Field(2, ge=2, description="newest checkpoints that stay", json_schema_extra=ANYTIME)
 
 
@@ -107,7 +107,7 @@ class RunConfig(Section):
     init_from: str | None = Field(None, description="a run directory whose best checkpoint gives the parameters")
     adapter: MethodField | None = Field(None, description="train this on the frozen model; null: train the model")
     data: DataConfig = DigitsConfig()
-    steps: PositiveInt = 1500
+    steps: PositiveInt = 500
     accumulate: PositiveInt = Field(1, description="micro-batches a step")
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -16,7 +16,7 @@ from rich.console import Console
 from vlora_jax import checkpoint
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import TrainBatches, batch_id, held_out_batches
-from vlora_jax.errors import BaseMismatchError, CheckpointError, NonFiniteError
+from vlora_jax.errors import BaseMismatchError, CheckpointError, DataError, NonFiniteError
 from vlora_jax.training import screens
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.job import Job
@@ -207,6 +207,8 @@ class Trainer:
             raise NonFiniteError(
                 f"step {step}: {bad[0]}{more} is not finite; {last}. Try a lower optimizer.rate, or more warmup"
             )
+        if not host["weight"] > 0:
+            raise DataError(f"step {step}: every label of the batch is masked, there is nothing to learn from")
         self.progress.units += float(host["weight"])
         record = {name: float(host[name]) for name in ("loss", "accuracy", "gradient_norm")}
         record |= {"rate": float(self.rate(step - 1)), "batch": batch, "step_seconds": now - since}

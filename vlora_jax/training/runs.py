@@ -26,8 +26,8 @@ def read_config(run: Path) -> RunConfig:
     if not (run / CONFIG).is_file():
         beside = run.parent.glob(f"*/{CONFIG}") if run.parent.is_dir() else ()
         near = nearest(str(run), [str(path.parent) for path in beside], 1)
-        what = "is no run directory" if run.is_dir() else "does not exist"
-        raise ConfigError(f"{run} {what}" + (f"; nearest run: {near[0]}" if near else " (no config.yaml in it)"))
+        what = "is no run directory: there is no config.yaml in it" if run.is_dir() else "does not exist"
+        raise ConfigError(f"{run} {what}" + (f"; nearest run: {near[0]}" if near else ""))
     return load_config(run / CONFIG)
 
 

@@ -11,7 +11,7 @@ from vlora_jax.errors import ConfigError
 
 MethodField = Annotated[
     Method,
-    BeforeValidator(lambda value: from_config(value) if isinstance(value, dict) else value),
+    BeforeValidator(lambda value: value if isinstance(value, Method) else from_config(value)),
     PlainSerializer(lambda method: method.config()),
 ]
 
