@@ -11,6 +11,7 @@ from flax import nnx
 
 import vlora_jax as vj
 from vlora_jax.adapters.method import Factors, SiteMethod
+from vlora_jax.adapters.trees import flatten, unflatten
 
 
 def filled(shapes: Any, seed: int, scale: float = 0.3) -> Any:
@@ -34,6 +35,13 @@ def moved(adapter: vj.Adapter, seed: int = 2) -> vj.Adapter:
     """`adapter` with random values added to everything that trains."""
     noise = filled(adapter.trainable, seed)
     return adapter.with_trainable(jax.tree.map(lambda a, b: jnp.asarray(np.add(a, b)), adapter.trainable, noise))
+
+
+def started(adapter: vj.Adapter) -> vj.Adapter:
+    """`adapter` as training starts: all that trains is zero, but for LoRA's A."""
+    flat = flatten(adapter.trainable)
+    zero = {path: leaf if path.endswith("/a") else jnp.zeros_like(leaf) for path, leaf in flat.items()}
+    return adapter.with_trainable(unflatten(adapter.trainable, zero))
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:

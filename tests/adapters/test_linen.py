@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import Gain, close, filled, random_adapter
+from helpers import Gain, close, filled, random_adapter, started
 from third_party import X
 from third_party_linen import MODELS, Attention, Grid, Scanned, Square
 
@@ -40,26 +40,20 @@ def test_applied_equals_merged_and_gradients_reach_every_leaf(name):
 
     @jax.jit
     def outputs(params, adapters, x):
-        apply = lambda adapters: linen.apply(model, {"params": params}, adapters, x)
-
         def loss(trainable):
-            bound = apply([a.with_trainable(t) for a, t in zip(adapters, trainable, strict=True)])
+            whole = [a.with_trainable(t) for a, t in zip(adapters, trainable, strict=True)]
+            bound = linen.apply(model, {"params": params}, whole, x)
             return (bound**2).mean(), bound
 
         grads, bound = jax.grad(loss, has_aux=True)([adapter.trainable for adapter in adapters])
-        return {
-            "base": apply(None),
-            "start": apply(vj.init(ANY, jax.random.key(0), params, sites)),
-            "bound": bound,
-            "merged": model.apply({"params": vj.merge(params, *adapters)}, x),
-            "gradients": grads,
-        }
+        return bound, model.apply({"params": vj.merge(params, *adapters)}, x), grads
 
-    out = outputs(params, adapters, x)
-    close(out["bound"], out["merged"])
-    assert np.abs(out["bound"] - out["base"]).max() > 0.1
-    close(out["start"], out["base"])
-    for path, gradient in flatten(out["gradients"]).items():
+    bound, merged, grads = outputs(params, adapters, x)
+    start, unchanged, _ = outputs(params, [started(adapter) for adapter in adapters], x)
+    close(bound, merged)
+    close(start, unchanged)
+    assert np.abs(bound - start).max() > 0.1
+    for path, gradient in flatten(grads).items():
         assert np.abs(gradient).max() > 0, path
 
 

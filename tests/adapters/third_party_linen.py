@@ -46,6 +46,14 @@ class Block(nn.Module):
         return x + nn.Einsum((5, 2, 4), "...nh,nhd->...d", name="down")(h), None
 
 
+class Pair(nn.Module):
+    """Two dense layers."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(4, name="down")(jnp.tanh(nn.Dense(6, name="up")(x))), None
+
+
 class Square(nn.Module):
     """As many inputs and outputs as there are layers: shapes alone don't tell which axis counts layers."""
 
@@ -85,7 +93,7 @@ class Inner(nn.Module):
 
     @nn.compact
     def __call__(self, x, _=None):
-        return Scanned(axis=self.axis, name="inner")(x), None
+        return Scanned(Pair, axis=self.axis, name="inner")(x), None
 
 
 class Ensemble(nn.Module):
@@ -102,8 +110,8 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        first = nn.remat(Block)(name="first")
-        return first(nn.remat(Block)(name="second")(first(x)[0])[0])[0]
+        first = nn.remat(Pair)(name="first")
+        return first(nn.remat(Pair)(name="second")(first(x)[0])[0])[0]
 
 
 # name: (the model, its input)
@@ -122,8 +130,8 @@ MODELS = {
     "attention": (Attention(), X),
     "remat, called twice": (Tower(), X),
     "scan": (Scanned(), X),
-    "scan, layers on axis 1": (Scanned(axis=1), X),
-    "scan of remat": (Scanned(nn.remat(Block)), X),
+    "scan, layers on axis 1": (Scanned(Pair, axis=1), X),
+    "scan of remat": (Scanned(nn.remat(Pair)), X),
     "scan, layers on axis 1, square": (Scanned(Square, 4, 1), X),
     "scan in scan": (Grid(), X),
     "vmap": (Ensemble(), X),
