@@ -58,14 +58,15 @@ class Checkpoints:
             if not (self.directory / str(step) / MANIFEST).exists():  # a save that was cut off: ours, and worthless
                 shutil.rmtree(self.directory / str(step))
                 notify(f"checkpoint {step} was not finished: removed")
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         sign = 1.0 if higher_is_better else -1.0
         best = policies.BestN(
             get_metric_fn=lambda metrics: sign * metrics["score"], n=1, keep_checkpoints_without_metrics=False
         )
+        every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(self.directory),
+            save_decision_policy=every,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
@@ -91,23 +92,26 @@ class Checkpoints:
         flat = {name: dict(sorted(flatten(tree).items())) for name, tree in trees.items()}
         check_space(self.directory, sum(leaf.nbytes for tree in flat.values() for leaf in tree.values()))
         empty = [name for name, tree in flat.items() if not tree]
+        about: Any = {"schema": SCHEMA, "step": step, "empty": empty, **metadata}
         try:
             response = self._orbax.save_checkpointables_async(
                 step,
                 {name: tree for name, tree in flat.items() if tree},
                 metrics=None if score is None else {"score": score},
-                custom_metadata={"schema": SCHEMA, "step": step, "empty": empty, **metadata},
+                custom_metadata=about,
                 force=True,
             )
         except OSError as error:
             raise ResourceError(f"checkpoint {step} could not be written: {error}", exit_code=1) from None
 
+        if response is None:
+            raise ResourceError(f"checkpoint {step} was not written: its step is there already", exit_code=1)
+
         def finish() -> None:
             response.result()
             write_manifest(self.directory / str(step))
 
-        if response is not None:
-            self._pending = self._background.submit(finish)
+        self._pending = self._background.submit(finish)
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -183,7 +187,7 @@ def read(directory: Path, step: int, names: tuple[str, ...] = ()) -> Saved:
         for name, tree in about.metadata.items()
         if name in names or not names
     }
-    trees = ocp.load_checkpointables(directory.absolute() / str(step), wanted)
+    trees = ocp.load_checkpointables(str(directory.absolute() / str(step)), wanted)
     return Saved(step, trees | {name: {} for name in values["empty"]}, values)
 
 
@@ -201,8 +205,8 @@ def _about(directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
     fault = fault_of(path)
     if fault is not None:
         raise CheckpointError(f"checkpoint {path} is not usable: {fault}")
-    about = ocp.checkpointables_metadata(path)
-    values = about.custom_metadata or {}
+    about = ocp.checkpointables_metadata(str(path))
+    values: Any = about.custom_metadata or {}
     if values.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} has checkpoint schema {values.get('schema')}, this version reads {SCHEMA}")
     return about, values

@@ -4,6 +4,7 @@
 belong to. A model that scans over its stacked layers therefore slices them together with its own parameters.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Shared:
 class Adapted(nnx.Module):
     """A linear layer with adapters on it; exists only inside a trace."""
 
-    def __init__(self, inner: nnx.Module, site: Site, parts: Sequence["Part"]):
+    def __init__(self, inner: Any, site: Site, parts: Sequence["Part"]):
         self.inner = inner
         self.site = site
         self.methods = tuple(part.method for part in parts)
@@ -55,7 +56,8 @@ class Adapted(nnx.Module):
           products: `x @ down` of the adapters for which it is known already, by their place in `methods`.
         """
         view = self._view(x, y)
-        change = sum(self._change(index, view, products.get(index)) for index in range(len(self.methods)))
+        changes = [self._change(index, view, products.get(index)) for index in range(len(self.methods))]
+        change = functools.reduce(jnp.add, changes)
         return y + view.restore(change).astype(y.dtype)
 
     def _view(self, x: Array, y: Array) -> View:
@@ -69,7 +71,8 @@ class Adapted(nnx.Module):
         return dense_view(self.site, x, y, contracted_axes(layer), bias)
 
     def _change(self, index: int, view: View, product: Array | None) -> Array:
-        method, factors, kernel = self.methods[index], self.part(index), self._kernel()
+        method: Any = self.methods[index]
+        factors, kernel = self.part(index), self._kernel()
         if product is not None and isinstance(method, LowRank):
             return method.up(product, view.x, view.y, kernel, factors)
         x, key = view.x, self.keys[index]
@@ -96,7 +99,7 @@ class Adapted(nnx.Module):
 
     def _delta(self) -> Array:
         kernel = self._kernel()
-        return sum(method.delta(kernel, self.part(i)) for i, method in enumerate(self.methods))
+        return functools.reduce(jnp.add, (method.delta(kernel, self.part(i)) for i, method in enumerate(self.methods)))
 
     def _merged(self) -> nnx.Param:
         kernel = self._kernel()
@@ -218,7 +221,7 @@ def attach(model: nnx.Module, parts: dict[str, tuple[Site, list[Part]]]) -> nnx.
 
 def child(model: nnx.Module, path: str) -> Any:
     """The submodule at a path such as `"layers/0/attn/q"`."""
-    node = model
+    node: Any = model
     for name in path.split("/") if path else ():
         node = getattr(node, name) if hasattr(node, name) else node[int(name) if name.isdigit() else name]
     return node

@@ -36,7 +36,9 @@ class Diagonal(SiteMethod):
         return jnp.pad(change, ((0, 0), (0, y.shape[-1] - d.size)))
 
     def delta(self, kernel: Array, factors: FactorDict) -> Float[Array, "in out"]:
-        return jnp.eye(*kernel.shape[-2:]) * jnp.pad(factors["d"], (0, kernel.shape[-1] - factors["d"].size))
+        return jnp.eye(kernel.shape[-2], kernel.shape[-1]) * jnp.pad(
+            factors["d"], (0, kernel.shape[-1] - factors["d"].size)
+        )
 
     def sum_factors(self, factors: FactorDict, weights: Array) -> FactorDict:
         return {"d": weights @ factors["d"]}

@@ -135,7 +135,7 @@ def apply(
     """
     several = () if adapters is None else (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
     whole = whole_values(several, flatten(variables["params"]))
-    params = flatten_dict(replace_leaves(variables["params"], whole))
+    params: dict[tuple, Any] = dict(flatten_dict(replace_leaves(variables["params"], whole)))
     expected: dict[str, list[tuple[int, Method, Site, FactorDict]]] = {}
     for index, adapter in enumerate(several):
         for site in adapter.sites:

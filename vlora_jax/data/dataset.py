@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-Example = dict[str, np.ndarray | np.generic]
+Example = dict[str, Any]  # arrays by name
 Task = Literal["classification", "next_token"]
 
 

@@ -1,6 +1,7 @@
 """1,797 handwritten digits of 8 × 8 pixels, as they ship with scikit-learn (UCI, E. Alpaydin and C. Kaynak)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def load(augment: bool = True) -> DataSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = (digits.images / 8.0 - 1.0).astype(np.float32)[..., None]
     labels = digits.target.astype(np.int32)
     train, held_out = train_test_split(

@@ -28,8 +28,10 @@ class DecoderConfig(BlockConfig):
     family: Literal["decoder"] = "decoder"
     vocabulary: PositiveInt = 256
     layers: PositiveInt = 8
-    max_positions: PositiveInt | None = Field(None, description="learned positions up to this length; None: none")
-    tied_head: bool = Field(True, description="the head is the embedding, transposed")
+    max_positions: PositiveInt | None = Field(
+        default=None, description="learned positions up to this length; None: none"
+    )
+    tied_head: bool = Field(default=True, description="the head is the embedding, transposed")
     vertical: Vertical | None = None
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -27,21 +27,26 @@ class BlockConfig(BaseModel):
 
     width: PositiveInt = 64
     heads: PositiveInt = 4
-    kv_heads: PositiveInt | None = Field(None, description="key and value heads; fewer than heads is grouped-query")
-    head_dim: PositiveInt | None = Field(None, description="width / heads if not given")
+    kv_heads: PositiveInt | None = Field(
+        default=None, description="key and value heads; fewer than heads is grouped-query"
+    )
+    head_dim: PositiveInt | None = Field(default=None, description="width / heads if not given")
     mlp_width: PositiveInt = 256
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: PositiveFloat = 1e-6
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
-    gated: bool = Field(False, description="SwiGLU-style MLP: activation(gate) · up")
+    gated: bool = Field(default=False, description="SwiGLU-style MLP: activation(gate) · up")
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
-    fused_qkv: bool = Field(False, description="one kernel for query, key and value")
+    fused_qkv: bool = Field(default=False, description="one kernel for query, key and value")
     causal: bool = False
-    rotary_theta: PositiveFloat | None = Field(None, description="rotary position embedding with this base; None: none")
+    rotary_theta: PositiveFloat | None = Field(
+        default=None, description="rotary position embedding with this base; None: none"
+    )
     kernel_std: PositiveFloat | None = Field(
-        None, description="deviation of kernels at the start, .02 in ViT and GPT-2; None: 1/√in, which fits any width"
+        default=None,
+        description="deviation of kernels at the start, .02 in ViT and GPT-2; None: 1/√in, which fits any width",
     )
 
     @model_validator(mode="after")

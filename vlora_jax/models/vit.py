@@ -16,12 +16,14 @@ class ViTConfig(BlockConfig):
     """A Vision Transformer. The defaults are the embedded digits model."""
 
     family: Literal["vit"] = "vit"
-    image: PositiveInt = Field(8, description="height and width in pixels")
+    image: PositiveInt = Field(default=8, description="height and width in pixels")
     channels: PositiveInt = 1
-    patch: PositiveInt = Field(2, description="side of a patch in pixels")
+    patch: PositiveInt = Field(default=2, description="side of a patch in pixels")
     classes: PositiveInt = 10
     layers: PositiveInt = 12
-    class_token: bool = Field(False, description="classify from an extra token instead of the mean over patches")
+    class_token: bool = Field(
+        default=False, description="classify from an extra token instead of the mean over patches"
+    )
     vertical: Vertical | None = None
     remat: Remat = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"

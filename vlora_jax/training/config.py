@@ -27,7 +27,7 @@ from vlora_jax.vertical.config import MethodField, Vertical
 
 ModelConfig = Annotated[ViTConfig | DecoderConfig, Discriminator("family")]
 TAGS = ("model.family", "model.vertical.increment.method", "adapter.method", "data.name")  # which of several sections
-ANYTIME = {"anytime": True}  # may change between a run's start and its continuation
+ANYTIME: dict[str, Any] = {"anytime": True}  # may change between a run's start and its continuation
 
 
 class Section(BaseModel):
@@ -40,17 +40,17 @@ class DigitsConfig(Section):
     """Handwritten digits, as images."""
 
     name: Literal["digits"] = "digits"
-    batch: PositiveInt = Field(64, description="examples a micro-batch, over all devices")
-    augment: bool = Field(False, description="shift training images by up to a pixel")
+    batch: PositiveInt = Field(default=64, description="examples a micro-batch, over all devices")
+    augment: bool = Field(default=False, description="shift training images by up to a pixel")
 
 
 class PystdlibConfig(Section):
     """The standard library of the running Python, as bytes."""
 
     name: Literal["pystdlib"] = "pystdlib"
-    batch: PositiveInt = Field(16, description="windows a micro-batch, over all devices")
-    part: Literal["code", "prose"] = Field("code", description="source files, or the manual's prose")
-    length: PositiveInt = Field(256, description="tokens a window")
+    batch: PositiveInt = Field(default=16, description="windows a micro-batch, over all devices")
+    part: Literal["code", "prose"] = Field(default="code", description="source files, or the manual's prose")
+    length: PositiveInt = Field(default=256, description="tokens a window")
 
 
 DataConfig = Annotated[DigitsConfig | PystdlibConfig, Discriminator("name")]
@@ -59,33 +59,35 @@ DataConfig = Annotated[DigitsConfig | PystdlibConfig, Discriminator("name")]
 class EvaluateConfig(Section):
     """When to look at held-out data, and what to conclude."""
 
-    every: PositiveInt = Field(100, description="steps")
+    every: PositiveInt = Field(default=100, description="steps")
     metric: Literal["accuracy", "loss"] = "accuracy"
-    patience: PositiveInt | None = Field(None, description="stop after so many evaluations without a new best")
-    batch: PositiveInt = Field(120, description="examples at a time", json_schema_extra=ANYTIME)
+    patience: PositiveInt | None = Field(default=None, description="stop after so many evaluations without a new best")
+    batch: PositiveInt = Field(default=120, description="examples at a time", json_schema_extra=ANYTIME)
 
 
 class CheckpointConfig(Section):
     """When to save. The best step by `evaluate.metric` is kept as well."""
 
-    every: PositiveInt = Field(100, description="steps", json_schema_extra=ANYTIME)
-    keep: int = Field(2, ge=2, description="newest checkpoints that stay", json_schema_extra=ANYTIME)
+    every: PositiveInt = Field(default=100, description="steps", json_schema_extra=ANYTIME)
+    keep: int = Field(default=2, ge=2, description="newest checkpoints that stay", json_schema_extra=ANYTIME)
 
 
 class LogConfig(Section):
     """What to write down while training."""
 
-    every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl", json_schema_extra=ANYTIME)
-    tensorboard: bool = Field(True, json_schema_extra=ANYTIME)
-    progress: bool = Field(True, description="a live bar on a terminal", json_schema_extra=ANYTIME)
+    every: PositiveInt = Field(
+        default=10, description="steps between lines of metrics.jsonl", json_schema_extra=ANYTIME
+    )
+    tensorboard: bool = Field(default=True, json_schema_extra=ANYTIME)
+    progress: bool = Field(default=True, description="a live bar on a terminal", json_schema_extra=ANYTIME)
 
 
 class MeshConfig(Section):
     """Devices along each axis; one axis may be -1, which takes what the others leave."""
 
-    data: int = Field(-1, json_schema_extra=ANYTIME)
-    fsdp: int = Field(1, json_schema_extra=ANYTIME)
-    tensor: int = Field(1, json_schema_extra=ANYTIME)
+    data: int = Field(default=-1, json_schema_extra=ANYTIME)
+    fsdp: int = Field(default=1, json_schema_extra=ANYTIME)
+    tensor: int = Field(default=1, json_schema_extra=ANYTIME)
 
 
 VARIANTS: dict[str, type[BaseModel]] = {
@@ -99,16 +101,20 @@ VARIANTS: dict[str, type[BaseModel]] = {
 class RunConfig(Section):
     """One run. The defaults train the embedded VLoRA Vision Transformer on digits."""
 
-    run_dir: str = Field("runs/digits", json_schema_extra=ANYTIME)
+    run_dir: str = Field(default="runs/digits", json_schema_extra=ANYTIME)
     seed: NonNegativeInt = 0
     model: ModelConfig | None = Field(
         default_factory=lambda: ViTConfig(vertical=Vertical()), description="null: that of init_from"
     )
-    init_from: str | None = Field(None, description="a run directory whose best checkpoint gives the parameters")
-    adapter: MethodField | None = Field(None, description="train this on the frozen model; null: train the model")
+    init_from: str | None = Field(
+        default=None, description="a run directory whose best checkpoint gives the parameters"
+    )
+    adapter: MethodField | None = Field(
+        default=None, description="train this on the frozen model; null: train the model"
+    )
     data: DataConfig = DigitsConfig()
     steps: PositiveInt = 500
-    accumulate: PositiveInt = Field(1, description="micro-batches a step")
+    accumulate: PositiveInt = Field(default=1, description="micro-batches a step")
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -267,7 +273,7 @@ def explain(error: ValidationError) -> str:
         prefix = "".join(f"{part}." for part in parts[:-1])
         return f"unknown key {key!r}" + (f"; nearest: {prefix + near[0]!r}" if near else "")
     if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        context = first["ctx"]
+        context = first.get("ctx", {})
         tag, options = context["discriminator"].strip("'"), context.get("expected_tags") or "vit, decoder"
         return f"{key}.{tag}: {context['tag']!r} is none of {options}" if "tag" in context else f"{key} needs a {tag}"
     message = first["msg"].removeprefix("Value error, ")

@@ -129,7 +129,7 @@ class Job:
     batch: dict[str, jax.ShapeDtypeStruct]
 
     @classmethod
-    def of(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> "Job":
+    def of(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Job":
         """Resolve everything that can be without a computation.
 
         Args:
@@ -148,9 +148,9 @@ class Job:
         specs = base_specs(params, mesh)
         params = placed(params, specs, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        adapter = None
-        if config.adapter is not None:
-            adapter = jax.eval_shape(lambda key, base: init(config.adapter, key, base), key, params)
+        adapter, method = None, config.adapter
+        if method is not None:
+            adapter = jax.eval_shape(lambda key, base: init(method, key, base), key, params)
             base = params
             trainable, trainable_specs = adapter.trainable, (sharded := adapter_specs(adapter, mesh)).trainable
             frozen, frozen_specs = adapter.frozen, sharded.frozen

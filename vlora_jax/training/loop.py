@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from vlora_jax import checkpoint
@@ -73,7 +74,7 @@ def train(
     config: RunConfig,
     console: Console | None = None,
     stop: Callable[[], bool] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Result:
     """Train, or continue the run that is in `config.run_dir`.
 
@@ -91,7 +92,7 @@ def train(
     run = Path(config.run_dir)
     with lock(run), jax.set_mesh(job.mesh):
         continued = open_run(config)
-        if not jax.config.jax_compilation_cache_dir:  # a continued run need not compile again
+        if not jax.config.read("jax_compilation_cache_dir"):  # a continued run need not compile again
             jax.config.update("jax_compilation_cache_dir", str(run.absolute() / "compile_cache"))
         return Trainer(job, console, stop or (lambda: False)).train(continued)
 
@@ -211,7 +212,7 @@ class Trainer:
             raise DataError(f"step {step}: every label of the batch is masked, there is nothing to learn from")
         self.progress.units += float(host["weight"])
         record = {name: float(host[name]) for name in ("loss", "accuracy", "gradient_norm")}
-        record |= {"rate": float(self.rate(step - 1)), "batch": batch, "step_seconds": now - since}
+        record |= {"rate": float(jnp.asarray(self.rate(step - 1))), "batch": batch, "step_seconds": now - since}
         record |= {"units_per_second": float(host["weight"]) / max(now - since, 1e-9), "unit": self.unit}
         self.log.step(step, record)
         return now

@@ -17,12 +17,12 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
-    rate: PositiveFloat = Field(3e-3, description="peak learning rate")
+    rate: PositiveFloat = Field(default=3e-3, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: NonNegativeInt = Field(100, description="steps of linear growth from 0")
-    end: NonNegativeFloat = Field(0.0, description="final rate as a share of the peak; not for constant")
-    decay: NonNegativeFloat = Field(0.3, description="decoupled weight decay; biases and norm scales have none")
-    clip: PositiveFloat | None = Field(1.0, description="global norm of the gradient of what trains")
+    warmup: NonNegativeInt = Field(default=100, description="steps of linear growth from 0")
+    end: NonNegativeFloat = Field(default=0.0, description="final rate as a share of the peak; not for constant")
+    decay: NonNegativeFloat = Field(default=0.3, description="decoupled weight decay; biases and norm scales have none")
+    clip: PositiveFloat | None = Field(default=1.0, description="global norm of the gradient of what trains")
     b1: Share = 0.9
     b2: Share = 0.999
     eps: PositiveFloat = 1e-8

@@ -27,25 +27,28 @@ class Vertical(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    size: PositiveInt = Field(4, description="layers in a compound; must divide the depth")
+    size: PositiveInt = Field(default=4, description="layers in a compound; must divide the depth")
     structure: Literal["star", "chain"] = "star"
     detach: Literal["base", "none", "prev"] = Field(
-        "base",
+        default="base",
         description="base: only a compound's first layer moves the base kernel; none: every layer does; prev (chain): "
         "every layer moves its own increment only",
     )
     increment: MethodField = Field(
         default_factory=lambda: LoRA(rank=8, alpha=1.0, start="kaiming_both"), description="any mergeable method"
     )
-    targets: str | tuple[str, ...] = Field("all-linear", description="kernels of a block that are shared")
-    adapter_on_base: bool = Field(False, description="a compound's first layer has an increment too")
-    diagonal: bool = Field(False, description="a trained diagonal beside each increment (arXiv 2310.02489)")
-    enabled: bool = Field(True, description="false: hard tying, layers of a compound share their kernels as they are")
+    targets: str | tuple[str, ...] = Field(default="all-linear", description="kernels of a block that are shared")
+    adapter_on_base: bool = Field(default=False, description="a compound's first layer has an increment too")
+    diagonal: bool = Field(default=False, description="a trained diagonal beside each increment (arXiv 2310.02489)")
+    enabled: bool = Field(
+        default=True, description="false: hard tying, layers of a compound share their kernels as they are"
+    )
     pattern: Literal["sequence", "cycle"] = Field(
-        "sequence", description="sequence: neighbours form a compound; cycle: layer l uses base l mod depth/size"
+        default="sequence",
+        description="sequence: neighbours form a compound; cycle: layer l uses base l mod depth/size",
     )
     path: Literal["auto", "factored", "materialised"] = Field(
-        "auto", description="how increments are applied; auto takes what costs fewer FLOPs"
+        default="auto", description="how increments are applied; auto takes what costs fewer FLOPs"
     )
 
     @model_validator(mode="after")
