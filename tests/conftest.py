@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
+import jaxtyping
 import pytest
 
 
@@ -22,3 +23,9 @@ def _free_compiled_programs():
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Calls as users make them, their types not checked: for mistakes that have an error of their own."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -106,7 +106,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished):
 
 def test_another_config_is_refused_with_the_keys_that_differ(finished):
     run, *_ = finished
-    with pytest.raises(ResumeError, match=r"optimizer.rate was 0.002, is 0.5; seed was 0, is 1"):
+    with pytest.raises(ResumeError, match=r"optimizer\.rate was 0.003, is 0.5; seed was 0, is 1"):
         quiet(config(run, "optimizer.rate=0.5", "seed=1"))
 
 

@@ -52,7 +52,7 @@ def command() -> None:
     table.add_row("memory", memory_line())
     free = shutil.disk_usage(Path.cwd()).free
     table.add_row("disk here", f"{free / 2**30:.1f} GiB free")
-    cache = jax.config.read("jax_compilation_cache_dir")
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     table.add_row("compile cache", cache or "in each run directory (set JAX_COMPILATION_CACHE_DIR to share one)")
     for extra, purpose in OPTIONAL.items():
         missing = optional.get(extra)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.bind import Shared, child
+from vlora_jax.adapters.bind import child
 from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
 from vlora_jax.adapters.trees import Tree
@@ -107,8 +107,8 @@ class Stack(nnx.Module):
             written_out = self.remat in ("none", "dots") and self.vertical.size <= WRITTEN_OUT
             plan = Plan(self.vertical, self.sites, factored, layer_remat, compound_remat, written_out)
             return run(plan, self.block, self._tensors(), h, call)
-        graphdef, shared, layers = nnx.split(self.block, Shared, ...)
-        body = layer_remat(lambda h, layer: call(nnx.merge(graphdef, shared, layer), h))
+        graphdef, layers = nnx.split(self.block)
+        body = layer_remat(lambda h, layer: call(nnx.merge(graphdef, layer), h))
         return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
 
     def _tensors(self) -> Increments:

@@ -92,7 +92,7 @@ def train(
     run = Path(config.run_dir)
     with lock(run), jax.set_mesh(job.mesh):
         continued = open_run(config)
-        if not jax.config.read("jax_compilation_cache_dir"):  # a continued run need not compile again
+        if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             jax.config.update("jax_compilation_cache_dir", str(run.absolute() / "compile_cache"))
         return Trainer(job, console, stop or (lambda: False)).train(continued)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.bind import Part, Shared, attach, child, innermost
+from vlora_jax.adapters.bind import Part, attach, child, innermost
 from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site
 from vlora_jax.vertical.config import Vertical
@@ -47,13 +47,13 @@ def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Cal
     """Apply all layers of a vertical stack.
 
     Args:
-      block: the stacked block; `BaseKernel`s carry compounds first, `Shared` nothing, all else layers first.
+      block: the stacked block; `BaseKernel`s carry compounds first, all else layers first.
       increments: tensors `(compounds, increments, …)`.
       h: what the first layer receives.
       call: `(block, h) → h`, one layer.
     """
     vertical, remat, outer = plan.vertical, plan.remat, plan.compound_remat
-    graphdef, kernels, shared, own = nnx.split(block, BaseKernel, Shared, ...)
+    graphdef, kernels, own = nnx.split(block, BaseKernel, ...)
     depth = jax.tree.leaves(kernels)[0].shape[0] * vertical.size
     own = jax.tree.map(lambda leaf: vertical.grid(leaf, depth), own)
     # Only a compound's first layer differs from the others; where it does not, one scan serves them all.
@@ -63,7 +63,7 @@ def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Cal
     def layer(first: bool, h: Any, kernels: nnx.State, own: nnx.State, tensors: Increments, index: Array | int) -> Any:
         if vertical.detached and not first:
             kernels = jax.lax.stop_gradient(kernels)
-        module = nnx.merge(graphdef, kernels, shared, own)
+        module = nnx.merge(graphdef, kernels, own)
         if vertical.methods and (vertical.adapter_on_base or not first):
             module = with_increments(plan, module, tensors, index)
         return call(module, h)
