@@ -40,7 +40,7 @@ from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.allocator import keep_large_buffers
 from vlora_jax.training.job import abstract_model, build
-from vlora_jax.training.loss import CHUNK, LOSSES
+from vlora_jax.training.loss import LOSSES
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
 from vlora_jax.training.step import Batch, Subject, TrainState, train_step
 from vlora_jax.vertical.config import Vertical
@@ -153,9 +153,9 @@ def lora_floor(config: DecoderConfig, examples: int, remat: str) -> tuple[float,
     """FLOPs that no LoRA step on all linear kernels can do without, and the parameters of frozen products.
 
     For each token and kernel entry 2 forward and 2 for the gradient of the activations, none for that of the kernel.
-    With full remat 2 more, but not for a block's last kernel, `down`: nothing needs its output again. The head is a
-    product like the others; it is computed again where the loss takes more tokens than fit one chunk. Attention has
-    6 products (2 forward, 4 backward; 2 more with full remat) over the pairs of tokens that a causal mask leaves.
+    With full remat 2 more, but not for a block's last kernel, `down`, whose output nothing needs again, and not for
+    the head. Attention has 6 products (2 forward, 4 backward; 2 more with full remat) over the pairs of tokens that a
+    causal mask leaves.
     What is above the floor: the adapter's own products and the masked pairs that blocks of attention compute.
     """
     sites = [site for site in find_sites(abstract_model(config)[1]) if site.kind != "embed"]
@@ -163,8 +163,7 @@ def lora_floor(config: DecoderConfig, examples: int, remat: str) -> tuple[float,
     head = config.vocabulary * config.width
     tokens, again = examples * LENGTH, remat == "full"
     repeated = sum(numbers for path, numbers in kernels.items() if not path.endswith("mlp/down")) if again else 0
-    chunked = tokens > CHUNK
-    products = tokens * (4 * (sum(kernels.values()) + head) + 2 * repeated + 2 * head * chunked)
+    products = tokens * (4 * (sum(kernels.values()) + head) + 2 * repeated)
     pairs = examples * config.layers * config.heads * LENGTH * (LENGTH + 1) // 2
     return products + (8 if again else 6) * 2 * pairs * config.dim, sum(kernels.values()) + head
 
@@ -269,10 +268,8 @@ def show_lora(console: Console, rows: list[LoRARow]) -> None:
         f"LoRA rank {ADAPTER.rank} on all linear kernels of {described(DECODER)}, head tied to the embedding. "
         "Parameters: kernels of frozen products, the head's too; looking an embedding up is no product. "
         "Floor: forward 2, activation gradient 2; with full remat 2 more, but for each block's last kernel, whose "
-        "output nothing needs again; attention over causal pairs of tokens, 6 products, 8 with full remat. "
-        f"Where there are more than {CHUNK} tokens the loss computes its logits again, so that they never exist at "
-        "once: the floor then counts the head with 6, else with 4. The adapter's own products and the masked half of "
-        "attention's diagonal blocks are not in the floor.\n"
+        "output nothing needs again, and the head; attention over causal pairs of tokens, 6 products, 8 with full "
+        "remat. The adapter's own products and the masked half of attention's diagonal blocks are not in the floor.\n"
     )
 
 

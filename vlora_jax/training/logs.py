@@ -120,6 +120,6 @@ def draw_curve(run: Path, file: Path, title: str) -> None:
     right.set_ylabel("accuracy (%)")
     right.set_ylim(0, 101)
     lines = [*left.get_lines(), *right.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="center right", framealpha=0.9)
+    figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside lower center", ncols=3, frameon=False)
     left.set_title(title)
     figure.savefig(file)

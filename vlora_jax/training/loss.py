@@ -1,6 +1,7 @@
 """Losses as sums and weights, so that micro-batches of unequal size add up exactly."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,11 +41,13 @@ def chunked_cross_entropy(
 ) -> Sums:
     """Sums of cross-entropy, correct predictions and weight over all tokens.
 
+    The gradient is taken chunk by chunk in the forward pass, while a chunk's logits are there: nothing is computed
+    twice, and what is kept for the backward pass is as large as `hidden`. Only "loss" can be differentiated.
+
     Args:
       logits_of: hidden states `(batch, positions, width)` to logits in float32.
       hidden, targets, weight: tokens of weight 0 count nothing.
-      chunk: about so many tokens at a time. Chunks run along the length, so that a sharded batch stays sharded;
-        the backward pass computes each chunk's logits again.
+      chunk: about so many tokens at a time. Chunks run along the length, so that a sharded batch stays sharded.
     """
     batch, length, _ = hidden.shape
     size = max(1, min(length, chunk // batch))
@@ -54,16 +57,55 @@ def chunked_cross_entropy(
         array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
         return array.reshape(batch, -1, size, *array.shape[2:]).swapaxes(0, 1)
 
-    def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
-        h, target, w = inputs
-        logits = logits_of(h)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        correct = (logits.argmax(-1) == target).astype(jnp.float32)
-        here = {"loss": (w * losses).sum(), "correct": (w * correct).sum(), "weight": w.sum()}
-        return jax.tree.map(jnp.add, sums, here), None
+    inputs = tuple(map(chunks, (hidden, targets, weight)))
+    pure, parameters = jax.closure_convert(logits_of, inputs[0][0])  # the head's, if they train
+    return _summed(pure, inputs[0], parameters, inputs[1:])
 
-    zero = {"loss": jnp.float32(0), "correct": jnp.float32(0), "weight": jnp.float32(0)}
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), zero, tuple(map(chunks, (hidden, targets, weight))))[0]
+
+def _chunk_sums(logits: Array, target: Array, weight: Array) -> tuple[Array, Sums]:
+    loss = (weight * optax.softmax_cross_entropy_with_integer_labels(logits, target)).sum()
+    correct = (weight * (logits.argmax(-1) == target)).sum()
+    return loss, {"loss": loss, "correct": correct, "weight": weight.sum()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(logits_of: Callable, hidden: Array, parameters: Sequence[Array], labels: tuple[Array, Array]) -> Sums:
+    def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
+        h, target, weight = inputs
+        return jax.tree.map(jnp.add, sums, _chunk_sums(logits_of(h, *parameters), target, weight)[1]), None
+
+    return jax.lax.scan(body, _zero(), (hidden, *labels))[0]
+
+
+def _summed_forward(logits_of: Callable, hidden: Any, parameters: Sequence[Any], labels: tuple) -> tuple:
+    values, trained = [p.value for p in parameters], [i for i, p in enumerate(parameters) if p.perturbed]
+
+    def body(total: tuple, inputs: tuple) -> tuple:
+        h, target, weight = inputs
+
+        def of_chunk(h: Array, some: list[Array]) -> tuple[Array, Sums]:
+            every = dict(enumerate(values)) | dict(zip(trained, some, strict=True))
+            return _chunk_sums(logits_of(h, *every.values()), target, weight)
+
+        some = [values[i] for i in trained]  # a frozen head has no gradient here either
+        slopes, sums = jax.grad(of_chunk, argnums=(0, 1), has_aux=True)(h, some)
+        return jax.tree.map(jnp.add, total, (sums, slopes[1])), slopes[0]
+
+    zero = (_zero(), [jnp.zeros_like(values[i]) for i in trained])
+    (sums, slopes), by_hidden = jax.lax.scan(body, zero, (hidden.value, *(label.value for label in labels)))
+    by_parameter = dict(zip(trained, slopes, strict=True))
+    return sums, (by_hidden, [by_parameter.get(i) for i in range(len(values))])
+
+
+def _summed_backward(logits_of: Callable, slopes: tuple, cotangents: dict[str, Any]) -> tuple:
+    return *jax.tree.map(lambda slope: (cotangents["loss"] * slope).astype(slope.dtype), slopes), None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
+
+
+def _zero() -> Sums:
+    return {name: jnp.zeros(()) for name in ("loss", "correct", "weight")}
 
 
 LOSSES: dict[str, Loss] = {"classification": classification, "next_token": next_token}

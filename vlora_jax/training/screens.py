@@ -8,6 +8,8 @@ from rich.table import Table
 from vlora_jax.adapters.adapter import count
 from vlora_jax.training.job import Job, dense_twin
 
+FAMILIES = {"vit": "Vision Transformer", "decoder": "decoder"}
+
 
 def plain_table(title: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -24,7 +26,7 @@ def title(job: Job) -> str:
     )
     kind = "dense" if vertical is None else "VLoRA"
     what = f"{job.config.adapter.name} on a {kind}" if job.config.adapter is not None else kind
-    return f"{what} {model.family} ({model.layers} layers × {model.width}{shared}) on {job.data.name}"
+    return f"{what} {FAMILIES[model.family]} ({model.layers} layers × {model.width}{shared}) on {job.data.name}"
 
 
 def mebibytes(number: float) -> str:
