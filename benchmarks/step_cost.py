@@ -46,6 +46,7 @@ from vlora_jax.training.step import Batch, Subject, TrainState, train_step
 from vlora_jax.vertical.config import Vertical
 
 DECODER = DecoderConfig(layers=12, width=512, heads=8, mlp_width=1376, vocabulary=16_384)
+WIDE = DECODER.model_copy(update={"layers": 8, "width": 1024, "heads": 16, "mlp_width": 2752, "vocabulary": 256})
 VIT_B16 = ViTConfig(
     image=224, patch=16, channels=3, classes=1000, layers=12, width=768, heads=12, mlp_width=3072, class_token=True
 )
@@ -58,6 +59,8 @@ LORA_BATCHES, LORA_REMATS = (8, 16), ("none", "full")  # 8 examples are one chun
 TIMED: tuple[tuple[str, Any, int, tuple[Remat, ...]], ...] = (
     ("decoder", DECODER, 8, ("none", "dots", "full")),
     ("decoder, bytes", DECODER.model_copy(update={"vocabulary": 256}), 8, ("none",)),  # next to no head, as in 7B
+    ("wide decoder", WIDE, 8, ("none",)),  # products take a larger share of its step, as in every real model
+    ("one compound", WIDE.model_copy(update={"layers": 4}), 8, ("none",)),  # no loop, whose bookkeeping is no product
     ("ViT-B/16", VIT_B16, 8, ("none",)),
 )
 FLOPS_GOAL, TIME_GOAL = 1.10, 0.80
@@ -295,8 +298,9 @@ def show_steps(console: Console, rows: list[StepRow], repeats: int) -> None:
         f"Star VLoRA, {STAR.size} layers a compound, rank {INCREMENT.rank}, base detached, against its "
         f"dense twin; AdamW, float32, medians of {repeats} steps taken in turns. Decoder: {described(DECODER)}, "
         f"8 × {LENGTH} tokens; bytes: the same with a vocabulary of 256, so that the head, which VLoRA does not "
-        "change, takes as small a share of the step as in a large model; ViT-B/16: 8 images of 224 × 224, 1,000 "
-        "classes. Temporary: peak bytes besides "
+        f"change, takes as small a share of the step as in a large model; wide: {WIDE.layers} × {WIDE.width}, bytes; "
+        "one compound: 4 layers of it; "
+        "ViT-B/16: 8 images of 224 × 224, 1,000 classes. Temporary: peak bytes besides "
         "parameters, optimiser and batch, from the compiled program's memory analysis."
     )
 

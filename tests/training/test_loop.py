@@ -60,7 +60,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_learns_and_leaves_what_the_readme_says(finished):
     run, result, shown = finished
-    assert (result.step, result.stopped, result.progress.finished) == (12, False, True)
+    assert (result.step, result.stopped, result.progress.early) == (12, False, False)
     records = read_metrics(run)
     assert [record["step"] for record in records if record["kind"] == "held_out"] == [4, 8, 12]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -143,11 +143,20 @@ def test_data_that_changed_is_refused(finished, tmp_path, monkeypatch):
         quiet(config(other))
 
 
+def test_a_finished_run_goes_on_if_nothing_done_depended_on_its_length(tmp_path):
+    constant = ["optimizer.schedule=constant", "evaluate.every=100"]
+    quiet(config(tmp_path / "run", *constant, "steps=3"))
+    result, shown = quiet(config(tmp_path / "run", *constant, "steps=4"))
+    assert (result.step, "continuing" in shown) == (4, True)
+
+
 def test_early_stopping_ends_the_run_at_the_patience(tmp_path):
     overrides = ["optimizer.rate=1e-30", "evaluate.patience=1", "evaluate.every=2", "steps=50"]
     result, shown = quiet(config(tmp_path / "run", *overrides))
-    assert (result.step, result.progress.finished) == (4, True)
+    assert (result.step, result.stopped, result.progress.early) == (4, False, True)
     assert "no better accuracy for 1 evaluations: stopping early" in shown
+    _, shown = quiet(config(tmp_path / "run", *overrides))
+    assert "is finished at step 4: nothing to do" in shown
 
 
 def test_a_loss_that_is_not_finite_stops_names_and_keeps(tmp_path):

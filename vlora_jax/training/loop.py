@@ -41,7 +41,7 @@ class Progress:
       best: `{"step", "loss", "accuracy"}` of the best evaluation.
       last: the same of the newest one.
       first: the same before the first step, where the run starts from trained parameters.
-      finished: the run is at its end.
+      early: patience ended the run.
     """
 
     seconds: float = 0.0
@@ -50,7 +50,7 @@ class Progress:
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     first: dict[str, Any] | None = None
-    finished: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Result:
 
     Attributes:
       step: the last one done.
-      stopped: a signal or a request ended it early; its checkpoint is saved and the same call continues it.
+      stopped: a signal or a request ended this session; its checkpoint is saved and the same call continues it.
       state: the last state.
     """
 
@@ -121,8 +121,8 @@ class Trainer:
             self.fingerprint = checkpoint.fingerprint(base) if config.adapter is not None else None
         keep_metrics(self.run, step)
         self.seconds_before = self.progress.seconds
-        if self.progress.finished:
-            say(f"{self.run} is finished at step {step}: nothing to do (give it more steps, or another run_dir)")
+        if step >= config.steps or self.progress.early:
+            say(f"{self.run} is finished at step {step}: nothing to do; another run_dir starts another run")
             self.checkpoints.close()
             return self.sum_up(state, step, stopped=False)
         compiled = job.step().lower(job.state, job.base, job.batch).compile()
@@ -165,7 +165,7 @@ class Trainer:
         config = self.config
         if step == 0 and config.init_from is not None:
             self.progress.first = self.evaluate(state, base, 0)
-        waiting: tuple[int, dict, float] | None = None  # metrics are read one step late, so that no device waits
+        waiting: tuple[int, dict] | None = None  # metrics are read one step late, so that no device waits
         moment = time.monotonic()
         while step < config.steps:
             batch = next(self.batches)
@@ -173,8 +173,8 @@ class Trainer:
             step += 1
             metrics["batch"] = batch_id(batch)
             if waiting is not None:
-                moment = self.note(*waiting[:2], moment)
-            waiting = (step, metrics, moment)
+                moment = self.note(*waiting, moment)
+            waiting = (step, metrics)
             last, stopped = step == config.steps, asked()
             evaluates = step % config.evaluate.every == 0 or last
             if evaluates or step % config.checkpoint.every == 0 or stopped:
@@ -182,8 +182,7 @@ class Trainer:
                 waiting = None
                 is_best = self.judge(state, base, step) if evaluates else False
                 patience = config.evaluate.patience
-                early = patience is not None and self.progress.evaluations >= patience
-                self.progress.finished = last or early
+                early = self.progress.early = patience is not None and self.progress.evaluations >= patience
                 if last or early or stopped or is_best or step % config.checkpoint.every == 0:
                     self.save(state, step, self.score(step))
                 if early and not last:
@@ -217,7 +216,7 @@ class Trainer:
         self.log.step(step, record)
         return now
 
-    def evaluate(self, state: TrainState, base: Tree, step: int, best: bool = False) -> dict[str, Any]:
+    def evaluate(self, state: TrainState, base: Tree, step: int) -> dict[str, Any]:
         """Loss and accuracy over all held-out data."""
         totals = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
         sums = [
