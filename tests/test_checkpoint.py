@@ -59,7 +59,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_used(saved,
     assert checkpoints.newest_whole() == 40
     assert len(told) == 1
     assert told[0].startswith("checkpoint 50 is damaged (")
-    assert told[0].endswith("): moved to 50.damaged, using the one before")
+    assert told[0].endswith("): moved to 50.damaged, using 40")
     assert data.name in told[0]
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.read(directory, 50)
@@ -73,9 +73,28 @@ def test_a_save_that_was_cut_off_is_removed_at_the_next_start(saved):
     (directory / "50" / checkpoint.MANIFEST).unlink()
     checkpoints.close()
     again = checkpoint.Checkpoints(directory, notify=told.append)
-    assert told == ["checkpoint 50 was not finished: removed"]
+    assert told == ["checkpoint 50 was not finished: moved to 50.unfinished"]
     assert again.newest_whole() == 40
     again.close()
+
+
+def test_checkpoints_that_all_lost_their_manifest_are_not_thrown_away(saved):
+    checkpoints, directory, _ = saved
+    checkpoints.close()
+    for manifest in directory.glob(f"*/{checkpoint.MANIFEST}"):
+        manifest.unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints \[20, 40, 50\] have lost their manifest.json"):
+        checkpoint.Checkpoints(directory)
+    assert checkpoints.steps() == [20, 40, 50]
+
+
+def test_nothing_whole_is_an_error_and_nothing_is_moved(saved):
+    checkpoints, directory, _ = saved
+    for data in directory.glob("*/trainable/ocdbt.process_0/d/*"):
+        data.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints \[20, 40, 50\] is whole"):
+        checkpoints.newest_whole()
+    assert checkpoints.steps() == [20, 40, 50]
 
 
 def test_no_whole_checkpoint_is_none(tmp_path):

@@ -54,10 +54,14 @@ class Checkpoints:
     ):
         self.directory, self._notify = directory.absolute(), notify
         make_directory(self.directory)
-        for step in self.steps():
-            if not (self.directory / str(step) / MANIFEST).exists():  # a save that was cut off: ours, and worthless
-                shutil.rmtree(self.directory / str(step))
-                notify(f"checkpoint {step} was not finished: removed")
+        unfinished = [step for step in self.steps() if not (self.directory / str(step) / MANIFEST).exists()]
+        if len(unfinished) > 1 and unfinished == self.steps():  # no kill leaves that: something else happened to them
+            raise CheckpointError(
+                f"{self.directory}: checkpoints {unfinished} have lost their {MANIFEST}; put it back or move them away"
+            )
+        for step in unfinished:
+            self._put_aside(step, "unfinished")
+            notify(f"checkpoint {step} was not finished: moved to {step}.unfinished")
         policies: Any = ocp.training.preservation_policies
         sign = 1.0 if higher_is_better else -1.0
         best = policies.BestN(
@@ -133,17 +137,32 @@ class Checkpoints:
         self._orbax.close()
 
     def newest_whole(self) -> int | None:
-        """The newest step that is whole. Newer ones that are not are moved aside and reported."""
+        """The newest step that is whole; None if nothing was saved. Newer ones are moved aside, and reported.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none is whole.
+        """
+        faults = {}
         for step in reversed(self.steps()):
             fault = fault_of(self.directory / str(step))
             if fault is None:
+                for damaged, why in faults.items():
+                    self._put_aside(damaged, "damaged")
+                    self._notify(f"checkpoint {damaged} is damaged ({why}): moved to {damaged}.damaged, using {step}")
+                self._orbax.reload()
                 return step
-            damaged = self.directory / f"{step}.damaged"
-            shutil.rmtree(damaged, ignore_errors=True)
-            (self.directory / str(step)).rename(damaged)
-            self._orbax.reload()
-            self._notify(f"checkpoint {step} is damaged ({fault}): moved to {damaged.name}, using the one before")
+            faults[step] = fault
+        if faults:
+            raise CheckpointError(
+                f"{self.directory}: none of the checkpoints {sorted(faults)} is whole ({next(iter(faults.values()))}); "
+                f"move the run away to start again"
+            )
         return None
+
+    def _put_aside(self, step: int, why: str) -> None:
+        for old in self.directory.glob(f"*.{why}"):  # one is enough: they are as large as checkpoints
+            shutil.rmtree(old)
+        (self.directory / str(step)).rename(self.directory / f"{step}.{why}")
 
 
 def make_directory(path: Path) -> None:
@@ -152,6 +171,8 @@ def make_directory(path: Path) -> None:
     Raises:
       ResourceError: it cannot.
     """
+    if path.exists() and not path.is_dir():
+        raise ResourceError(f"{path} is a file, not a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-probe-{os.getpid()}"

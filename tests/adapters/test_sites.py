@@ -89,7 +89,7 @@ def test_a_selection_that_cannot_be_meant_is_refused(targets, exclude, message):
 
 
 def test_a_preset_without_sites_is_refused():
-    with pytest.raises(TargetError, match="target 'attention' matches nothing; nearest: up"):
+    with pytest.raises(TargetError, match="target 'attention' matches nothing; nearest: "):
         vj.select([site("up")], "attention")
 
 

@@ -43,7 +43,10 @@ BAD = {
     "depth not divisible": (["model.layers=7"], "vertical.size 2 does not divide layers 7; nearest size that does: 1"),
     "batch over a mesh": (["data.batch=30"], "data.batch 30 cannot be split over 8 devices"),
     "no run to start from": (["model=null", "init_from=runs/nowhere"], "runs/nowhere does not exist"),
-    "a model of other data": (["data.name=pystdlib"], "data pystdlib/code is for next_token, a vit model cannot learn"),
+    "a model of other data": (
+        ["data.name=pystdlib"],
+        "data pystdlib/code is for next_token, which model.family vit cannot learn",
+    ),
 }
 
 

@@ -86,7 +86,6 @@ def test_an_override_that_is_none(override, message):
     [
         ("seed: [1\nsteps: 2", ", line 2, column 6: expected ',' or ']', but got ':'"),
         ("- seed", " must hold keys and values, not list"),
-        ("", " must hold keys and values, not NoneType"),
         ("seed: 1\noptimizer: {rate: 1, rate: 2}", ", line 2, column 22: rate is given twice"),
         ("optimizer: {rat: 1}", ": unknown key 'optimizer.rat'; nearest: 'optimizer.rate'"),
         ("name: \xe9", " cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 6: unexpected end of data"),
@@ -184,3 +183,20 @@ def test_every_config_of_the_repository_loads(path):
 def test_the_default_config_is_what_runs_without_one():
     assert yaml.safe_load(DEFAULT.read_text()) == RunConfig().plain()
     assert load_config(DEFAULT) == load_config(None) == RunConfig()
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("# nothing yet\n")
+    assert load_config(tmp_path / "run.yaml") == RunConfig()
+
+
+def test_what_contradicts_itself_is_refused():
+    assert mistake("model=null", "model.width=16") == "model=null leaves no room for model.width; drop one of them"
+    assert mistake("model.vertical=true", "model.vertical.size=2").startswith("model.vertical.size: vertical is True")
+    assert "must be without * ? [ ]" in mistake("run_dir=runs/lr[1e-3]")
+
+
+def test_an_increment_with_one_option_keeps_the_released_others():
+    overrides = ["model.family=decoder", "model.vertical.increment.rank=2"]
+    increment = load_config(None, overrides).model.vertical.increment
+    assert (increment.rank, increment.alpha, increment.start) == (2, 1.0, "kaiming_both")

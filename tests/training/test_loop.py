@@ -89,7 +89,7 @@ def test_a_truncated_newest_checkpoint_falls_back_and_ends_the_same(finished, tm
     data.write_bytes(data.read_bytes()[:-7])
     _, shown = quiet(config(other))
     assert "checkpoint 8 is damaged" in shown
-    assert "using the one before" in shown
+    assert "using 6" in shown
     assert f"continuing {other} after step 6 of 12" in shown
     assert_same_run(run, other, 12)
 
@@ -125,6 +125,30 @@ def test_a_directory_with_something_else_is_refused(tmp_path):
         quiet(config(tmp_path))
 
 
+def test_what_a_kill_leaves_before_the_config_is_no_obstacle(tmp_path):
+    (tmp_path / ".config.yaml.4242").touch()
+    assert quiet(config(tmp_path, "steps=1"))[0].step == 1
+
+
+def test_the_best_step_stays_on_disk_also_after_ties(tmp_path):
+    run = tmp_path / "run"
+    tied = ["optimizer.rate=1e-30", "evaluate.every=1", "checkpoint.every=1", "steps=6"]
+    result, _ = quiet(config(run, *tied))
+    assert result.progress.best["step"] == 1
+    assert read_run(run).step == 1
+
+
+def test_an_adapter_keeps_the_step_it_was_trained_on(tmp_path):
+    base, run = tmp_path / "base", tmp_path / "lora"
+    constant = ["optimizer.schedule=constant", "optimizer.warmup=0", "evaluate.metric=loss"]
+    quiet(config(base, *constant, "steps=1"))
+    quiet(config(run, *LORA, f"init_from={base}", "steps=4"), stop_at=2)
+    quiet(config(base, *constant, "steps=9"))  # now another step is the best
+    assert read_run(base).step > 1
+    with pytest.raises(CheckpointError, match="checkpoints/1 is not usable"):  # gone: said, and by name
+        quiet(config(run, *LORA, f"init_from={base}", "steps=4"))
+
+
 def test_two_processes_do_not_write_one_run(tmp_path):
     with lock(tmp_path), pytest.raises(ResumeError, match="another process is training in"):
         quiet(config(tmp_path))
@@ -144,7 +168,7 @@ def test_data_that_changed_is_refused(finished, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_goes_on_if_nothing_done_depended_on_its_length(tmp_path):
-    constant = ["optimizer.schedule=constant", "evaluate.every=100"]
+    constant = ["optimizer.schedule=constant", "optimizer.warmup=0", "evaluate.every=100"]
     quiet(config(tmp_path / "run", *constant, "steps=3"))
     result, shown = quiet(config(tmp_path / "run", *constant, "steps=4"))
     assert (result.step, "continuing" in shown) == (4, True)
@@ -233,7 +257,7 @@ def test_an_adapter_stands_on_the_base_it_was_trained_on_only(adapted, tmp_path)
     base, *_ = adapted
     other, run = tmp_path / "other", tmp_path / "lora"
     quiet(config(run, *LORA, f"init_from={base}"), stop_at=2)
-    quiet(config(other, "seed=3", "steps=1"))
+    quiet(config(other, "seed=3", "evaluate.every=100", "checkpoint.every=1", "checkpoint.keep=20"))
     path = run / "config.yaml"
     path.write_text(path.read_text().replace(str(base), str(other)))
     with pytest.raises(BaseMismatchError, match="was trained on a base with fingerprint"):
@@ -250,7 +274,8 @@ def test_an_adapter_run_cannot_be_the_start_of_another(adapted, tmp_path):
 
 def test_metrics_survive_a_torn_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps({"step": 1, "kind": "train"}) + '\n{"step": 2, "ki')
+    first = json.dumps({"step": 1, "kind": "train"})
+    path.write_bytes(first.encode() + b'\n\x00\x00\n[]\n\xff\xfe\n{"ste{"step": 3}\n{"step": 2, "ki')
     assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}]
 
 

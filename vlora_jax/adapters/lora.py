@@ -78,7 +78,10 @@ class LoRA(LowRank):
         alpha = by_pattern("lora: alpha_pattern", self.alpha_pattern, site, self.alpha)
         smaller = min(site.in_dim, site.out_dim)
         if rank > smaller:
-            raise ConfigError(f"lora: rank {rank} is above the smaller side, {smaller}, of {site.path} {site.shape}")
+            raise ConfigError(
+                f"lora: rank {rank} is above the smaller side, {smaller}, of {site.path} {site.shape}; "
+                f"lower it there with rank_pattern, or exclude the site"
+            )
         return dataclasses.replace(self, rank=rank, alpha=alpha, rank_pattern=(), alpha_pattern=())
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from vlora_jax.adapters.trees import Tree, matching, variables
-from vlora_jax.errors import ConversionError, TargetError
+from vlora_jax.errors import BaseMismatchError, ConversionError, TargetError
 
 Patterns = str | Sequence[str]
 
@@ -107,9 +107,14 @@ class Site:
         """This site's kernel `(*stack, in, out)` from the flat parameters of a model.
 
         Raises:
+          BaseMismatchError: the kernel has another size.
           ConversionError: layers share the stored kernel (a vertical model), so there is none for each layer.
         """
         stored = base[self.leaf_path]
+        if tuple(stored.shape[-len(self.shape) :]) != self.shape and self.stack_axis == 0:
+            raise BaseMismatchError(
+                f"{self.leaf_path} is {tuple(stored.shape)}, the adapter was made for {(*self.stack, *self.shape)}"
+            )
         if stored.ndim - len(self.shape) != len(self.stack) or math.prod(stored.shape) != self.layers * math.prod(
             self.shape
         ):
@@ -207,7 +212,8 @@ def _hits(pattern: str, sites: list[Site], what: str) -> list[Site]:
     }
     if presets.get(pattern):
         return presets[pattern]
-    hits = set(matching(pattern, [site.path for site in sites], what))
+    others = [name for name, hits in presets.items() if hits]
+    hits = set(matching(pattern, [site.path for site in sites], what, others))
     return [site for site in sites if site.path in hits]
 
 

@@ -68,11 +68,12 @@ def matches(pattern: str, path: str) -> bool:
     return bool(re.search(rf"(^|/)(?:{pattern})(/|$)", path))
 
 
-def matching(pattern: str, paths: Iterable[str], what: str) -> list[str]:
+def matching(pattern: str, paths: Iterable[str], what: str, names: Iterable[str] = ()) -> list[str]:
     """The paths that a pattern matches.
 
     Args:
       what: names the pattern's role in errors.
+      names: what else would have been valid, for the hint in errors.
 
     Raises:
       TargetError: it matches none, or is no regular expression.
@@ -84,6 +85,6 @@ def matching(pattern: str, paths: Iterable[str], what: str) -> list[str]:
         raise TargetError(f"{what} {pattern!r} is not a regular expression: {error}") from None
     if not hits:
         raise TargetError(
-            f"{what} {pattern!r} matches nothing; nearest: {', '.join(nearest(pattern, paths)) or 'none'}"
+            f"{what} {pattern!r} matches nothing; nearest: {', '.join(nearest(pattern, [*paths, *names])) or 'none'}"
         )
     return hits

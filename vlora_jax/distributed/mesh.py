@@ -30,6 +30,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def whole_batch(batch: int, mesh: Mesh) -> int:
+    """The least multiple of the devices that share a batch, `batch` or above."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return -(-batch // ways) * ways
+
+
 def check_batch(batch: int, mesh: Mesh) -> None:
     """Raises ConfigError if a micro-batch cannot be split evenly over the mesh."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -16,6 +16,7 @@ from vlora_jax.adapters.bind import child
 from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.errors import ConfigError
 from vlora_jax.vertical.config import Vertical
 from vlora_jax.vertical.expand import dense_kernels
 from vlora_jax.vertical.plan import Choice, choose
@@ -66,12 +67,17 @@ class Stack(nnx.Module):
             input a compound (the least memory, one more forward pass).
 
         Raises:
-          ConfigError: the compound size does not divide the depth.
+          ConfigError: the compound size does not divide the depth, or the block has state (dropout, batch statistics).
           TargetError: a vertical target, or a pattern of its increments, selects no kernel of the block.
         """
+        if layers < 1:
+            raise ConfigError(f"a stack needs at least one layer, not {layers}")
         self.layers, self.vertical, self.remat = layers, vertical, remat
         keys = jax.random.split(rngs.params(), layers)
-        graphdef, _ = split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        graphdef, shapes = split(nnx.eval_shape(lambda: make_block(nnx.Rngs(0))))
+        state = [path for path, leaf in nnx.to_flat_state(shapes) if not isinstance(leaf, nnx.Param)]
+        if state:
+            raise ConfigError(f"a stack's block can have parameters only; {'/'.join(map(str, state[0]))} is state")
         draw = jax.vmap(lambda key: dict(nnx.to_flat_state(split(make_block(nnx.Rngs(key)))[1])))
         self.sites: tuple[Site, ...] = ()
         if vertical is None:

@@ -129,6 +129,8 @@ class RunConfig(Section):
             raise ValueError("model is null: give a model, or init_from to take one from a run")
         if self.model is not None and self.model.vertical is not None:
             self.model.vertical.compounds(self.model.layers)
+        if set(self.run_dir) & set("*?[]"):
+            raise ValueError(f"run_dir {self.run_dir!r} must be without * ? [ ], which Orbax reads as patterns")
         sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh {sizes} must be sizes of at least 1, at most one of them -1")
@@ -160,7 +162,12 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     """
     values = RunConfig().plain() if path is None else read_yaml(path)
     outer_first = lambda pair: (pair[0].count("."), pair[0] not in TAGS)  # else a section would undo its own keys
-    for key, value in sorted(map(parse_override, overrides), key=outer_first):
+    pairs = sorted(map(parse_override, overrides), key=outer_first)
+    for key, _ in pairs:
+        emptied = next((outer for outer, value in pairs if value is None and key.startswith(f"{outer}.")), None)
+        if emptied is not None:
+            raise ConfigError(f"{emptied}=null leaves no room for {key}; drop one of them")
+    for key, value in pairs:
         set_key(values, key, value)
     try:
         return RunConfig.model_validate(values)
@@ -217,6 +224,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: {getattr(error, 'problem', None) or 'not a YAML file'}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
     return values
@@ -226,11 +234,16 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested dictionaries, making them on the way.
 
     A new tag empties its section: the other keys belonged to the old one.
+
+    Raises:
+      ConfigError: what should hold the key is no section.
     """
     *parents, last = key.split(".")
     for parent in parents:
-        if not isinstance(values.get(parent), dict):
+        if values.get(parent) is None:
             values[parent] = {}
+        if not isinstance(values[parent], dict):
+            raise ConfigError(f"{key}: {parent} is {values[parent]!r}, which has no keys")
         values = values[parent]
     if key in TAGS and values.get(last) not in (None, value):
         values.clear()

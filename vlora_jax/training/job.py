@@ -63,7 +63,7 @@ def model_config_of(config: RunConfig) -> ModelConfig:
     found = model_config_of(source)
     if config.model is not None and config.model != found:
         differing = [k for k, v in config.model.model_dump().items() if found.model_dump().get(k, v) != v]
-        raise ConfigError(f"model differs from that of init_from {config.init_from} in {differing}; leave model out")
+        raise ConfigError(f"model differs from that of init_from {config.init_from} in {differing}; set model=null")
     return found
 
 
@@ -93,7 +93,7 @@ def check_fit(model: ModelConfig, data: DataSet, length: int | None) -> None:
     """Raises ConfigError if the model cannot read the data or cannot answer it."""
     facts = data.facts
     if isinstance(model, ViTConfig) != (data.task == "classification"):
-        raise ConfigError(f"data {data.name} is for {data.task}, a {model.family} model cannot learn it")
+        raise ConfigError(f"data {data.name} is for {data.task}, which model.family {model.family} cannot learn")
     wrong = [
         f"model.{key} {getattr(model, key)}, but the data has {value}"
         for key, value in facts.items()
@@ -172,13 +172,21 @@ class Job:
         }
         return cls(config, mesh, data, model, subject, tx, base, state, batch)
 
-    def parameters(self) -> Tree:
+    @property
+    def source_step(self) -> int | None:
+        """The step of `init_from` whose parameters this run starts with: its best; None without `init_from`."""
+        return None if self.config.init_from is None else best_step(Path(self.config.init_from))
+
+    def parameters(self, source_step: int | None = None) -> Tree:
         """The model's parameters before this run trains: drawn, or read from `init_from`.
+
+        Args:
+          source_step: the step of `init_from` to read, as a checkpoint of this run recorded it; its best if not given.
 
         Raises:
           CheckpointError: that run's checkpoint is torn or does not fit.
         """
-        return parameters(self.config, self.model, self.mesh)
+        return parameters(self.config, self.model, self.mesh, source_step)
 
     def start(self) -> tuple[Tree, TrainState]:
         """The frozen base and the state before the first step."""
@@ -284,13 +292,13 @@ def placed(shapes: Tree, specs: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(place, shapes, shardings(specs, mesh))
 
 
-def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh) -> Tree:
+def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh, source_step: int | None = None) -> Tree:
     """A run's parameters before it trains; see `Job.parameters`."""
     shapes = abstract_model(model)[1]
     shapes = placed(shapes, base_specs(shapes, mesh), mesh)
     if config.init_from is not None:
         source = Path(config.init_from)
-        step = best_step(source)
+        step = best_step(source) if source_step is None else source_step
         saved = checkpoint.read(source / CHECKPOINTS, step, (TRAINABLE,))
         return checkpoint.restore(shapes, saved.trees[TRAINABLE], f"{source}, checkpoint {step}")
     draw = jax.jit(

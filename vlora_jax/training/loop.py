@@ -1,5 +1,6 @@
 """The training loop: one run from start, or from where it stopped, to its end."""
 
+import os
 import signal
 import threading
 import time
@@ -17,13 +18,14 @@ from rich.console import Console
 from vlora_jax import checkpoint
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import TrainBatches, batch_id, held_out_batches
+from vlora_jax.distributed.mesh import whole_batch
 from vlora_jax.errors import BaseMismatchError, CheckpointError, DataError, NonFiniteError
 from vlora_jax.training import screens
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.job import Job
 from vlora_jax.training.logs import Log, draw_curve
 from vlora_jax.training.optimizers import schedule
-from vlora_jax.training.runs import CHECKPOINTS, keep_metrics, lock, open_run
+from vlora_jax.training.runs import CHECKPOINTS, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
 LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -90,11 +92,12 @@ def train(
     console = console or Console()
     job = Job.of(config, devices)
     run = Path(config.run_dir)
-    with lock(run), jax.set_mesh(job.mesh):
+    refuse_foreign(run)
+    with lock(run), jax.set_mesh(job.mesh), signals() as asked:
         continued = open_run(config)
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             jax.config.update("jax_compilation_cache_dir", str(run.absolute() / "compile_cache"))
-        return Trainer(job, console, stop or (lambda: False)).train(continued)
+        return Trainer(job, console, lambda: asked() or (stop is not None and stop())).train(continued)
 
 
 class Trainer:
@@ -117,7 +120,8 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(self.run / CHECKPOINTS, config.checkpoint.keep, higher, say)
         self.batches = TrainBatches(job.data, config.data.batch, config.accumulate, config.seed)
         base, state, step = self.restore(say) if continued else (*job.start(), 0)
-        if not continued or step == 0:
+        if step == 0:
+            self.source_step = job.source_step
             self.fingerprint = checkpoint.fingerprint(base) if config.adapter is not None else None
         keep_metrics(self.run, step)
         self.seconds_before = self.progress.seconds
@@ -127,8 +131,8 @@ class Trainer:
             return self.sum_up(state, step, stopped=False)
         compiled = job.step().lower(job.state, job.base, job.batch).compile()
         self.console.print(screens.first_screen(job, compiled.memory_analysis()))
-        with Log(config, self.console, step) as self.log, signals() as asked:
-            state, step, stopped = self.steps(compiled, base, state, step, lambda: asked() or self.stop())
+        with Log(config, self.console, step) as self.log:
+            state, step, stopped = self.steps(compiled, base, state, step)
         self.checkpoints.close()
         return self.sum_up(state, step, stopped)
 
@@ -143,10 +147,10 @@ class Trainer:
         state = job.restored(saved)
         self.batches.restore(saved.metadata["data"])
         self.progress = Progress(**saved.metadata["progress"])
-        self.fingerprint = saved.metadata["base_fingerprint"]
+        self.fingerprint, self.source_step = saved.metadata["base_fingerprint"], saved.metadata["source_step"]
         base: Tree = {}
         if self.config.adapter is not None:
-            base = job.parameters()
+            base = job.parameters(self.source_step)
             found = checkpoint.fingerprint(base)
             if found != self.fingerprint:
                 raise BaseMismatchError(
@@ -160,7 +164,7 @@ class Trainer:
         say(f"continuing {self.run} after step {newest} of {self.config.steps}")
         return base, state, newest
 
-    def steps(self, compiled: Callable, base: Tree, state: TrainState, step: int, asked: Callable[[], bool]) -> tuple:
+    def steps(self, compiled: Callable, base: Tree, state: TrainState, step: int) -> tuple:
         """Train until the end, an early stop or a request; returns the state, its step, and whether asked."""
         config = self.config
         if step == 0 and config.init_from is not None:
@@ -175,7 +179,7 @@ class Trainer:
             if waiting is not None:
                 moment = self.note(*waiting, moment)
             waiting = (step, metrics)
-            last, stopped = step == config.steps, asked()
+            last, stopped = step == config.steps, self.stop()
             evaluates = step % config.evaluate.every == 0 or last
             if evaluates or step % config.checkpoint.every == 0 or stopped:
                 moment = self.note(step, metrics, moment)  # never save what has not been looked at
@@ -184,7 +188,8 @@ class Trainer:
                 patience = config.evaluate.patience
                 early = self.progress.early = patience is not None and self.progress.evaluations >= patience
                 if last or early or stopped or is_best or step % config.checkpoint.every == 0:
-                    self.save(state, step, self.score(step))
+                    # A score for a new best only: Orbax then keeps exactly the step that the progress calls the best.
+                    self.save(state, step, self.score(step) if is_best else None)
                 if early and not last:
                     self.log.say(f"no better {config.evaluate.metric} for {patience} evaluations: stopping early")
                 if early or (stopped and not last):
@@ -204,9 +209,8 @@ class Trainer:
             kept = self.checkpoints.steps()
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there was no checkpoint yet"
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise NonFiniteError(
-                f"step {step}: {bad[0]}{more} is not finite; {last}. Try a lower optimizer.rate, or more warmup"
-            )
+            advice = "Try a lower optimizer.rate or more warmup, in another run_dir"
+            raise NonFiniteError(f"step {step}: {bad[0]}{more} is not finite; {last}. {advice}")
         if not host["weight"] > 0:
             raise DataError(f"step {step}: every label of the batch is masked, there is nothing to learn from")
         self.progress.units += float(host["weight"])
@@ -221,14 +225,14 @@ class Trainer:
         totals = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
         sums = [
             self.evaluate_compiled(state, base, self.job.place(batch))
-            for batch in held_out_batches(self.job.data, self.config.evaluate.batch)
+            for batch in held_out_batches(self.job.data, whole_batch(self.config.evaluate.batch, self.job.mesh))
         ]
         for host in jax.device_get(sums):
             totals = {name: totals[name] + float(host[name]) for name in totals}
         weight = max(totals["weight"], 1e-9)
         found = {"step": step, "loss": totals["loss"] / weight, "accuracy": totals["correct"] / weight}
         better = self.better(found)
-        self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, better)
+        self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, better and step > 0)
         return found
 
     def better(self, found: dict[str, Any]) -> bool:
@@ -259,6 +263,7 @@ class Trainer:
             "config": self.config.plain(),
             "model": self.job.model.model_dump(mode="json"),
             "base_fingerprint": self.fingerprint,
+            "source_step": self.source_step,
             "data_fingerprint": self.job.data.fingerprint,
             "data": self.batches.state(),
             "versions": {name: version(name) for name in LIBRARIES},
@@ -293,6 +298,7 @@ def signals() -> Iterator[Callable[[], bool]]:
 
     def handle(kind: int, frame: Any) -> None:
         came.set()
+        os.write(2, b"stopping after the next step; once more to stop at once\n")
         for each in kinds:
             signal.signal(each, before[each])
 

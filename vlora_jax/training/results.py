@@ -20,10 +20,10 @@ from vlora_jax.adapters.merge import merge
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import held_out_batches
 from vlora_jax.distributed.mesh import make_mesh
-from vlora_jax.errors import BaseMismatchError, ConfigError, ResumeError, VloraError
+from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, ResumeError, VloraError
 from vlora_jax.training.config import ModelConfig, RunConfig
 from vlora_jax.training.job import FROZEN, TRAINABLE, abstract_model, load_data, parameters
-from vlora_jax.training.runs import CHECKPOINTS, CONFIG, best_step, read_config
+from vlora_jax.training.runs import CHECKPOINTS, CONFIG, best_step, read_config, steps_of
 from vlora_jax.vertical.expand import expand
 
 
@@ -61,6 +61,9 @@ def read_run(run: Path, step: int | None = None) -> Trained:
       CheckpointError: there is no whole checkpoint, or none of this step.
     """
     config = read_config(run)
+    there = steps_of(run)
+    if step is not None and step not in there:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}")
     step = best_step(run) if step is None else step
     saved = checkpoint.read(run / CHECKPOINTS, step, (TRAINABLE, FROZEN))
     model = TypeAdapter(ModelConfig).validate_python(saved.metadata["model"])
@@ -78,7 +81,7 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     )
     base, missing = None, ""
     try:
-        base = parameters(config, model, make_mesh(devices=jax.devices()[:1]))
+        base = parameters(config, model, make_mesh(devices=jax.devices()[:1]), saved.metadata["source_step"])
         found = checkpoint.fingerprint(base)
         if found != saved.metadata["base_fingerprint"]:
             raise BaseMismatchError(f"{config.init_from or 'the seed'} gives another base than {run} was trained on")
@@ -139,6 +142,7 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
         "config": config.plain(),
         "model": model.model_dump(mode="json"),
         "base_fingerprint": None,
+        "source_step": None,
         "data_fingerprint": data.fingerprint,
         "best": None,
         "made_from": {"run": str(trained.run), "step": trained.step},

@@ -42,25 +42,28 @@ def open_run(config: RunConfig) -> bool:
       ResourceError: it cannot be written.
     """
     run = Path(config.run_dir)
-    if run.exists() and not run.is_dir():
-        raise ResumeError(f"run_dir {run} is a file")
     if (run / CONFIG).exists():
         was, now = read_config(run).identity(), config.identity()
-        missing = object()
-        keys = [key for key in sorted(was | now) if was.get(key, missing) != now.get(key, missing)]
+        told = lambda values, key: repr(values[key]) if key in values else "absent"
+        keys = [key for key in was | now if told(was, key) != told(now, key)]
+        keys.sort(key=lambda key: (not (key in was and key in now), key))
         if keys:
-            shown = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in keys[:5]]
+            shown = [f"{key} was {told(was, key)}, is {told(now, key)}" for key in keys[:5]]
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             raise ResumeError(f"{run} belongs to another config: {'; '.join(shown)}{more}; choose another run_dir")
         checkpoint.make_directory(run)
         return True
-    if run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
-        raise ResumeError(f"run_dir {run} is not empty and holds no run; choose another run_dir")
     checkpoint.make_directory(run)
     partial = run / f".{CONFIG}.{os.getpid()}"
     partial.write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
     partial.rename(run / CONFIG)
     return False
+
+
+def refuse_foreign(run: Path) -> None:
+    """Raises ResumeError if a directory holds something else than a run; what a kill left there is no obstacle."""
+    if run.is_dir() and not (run / CONFIG).exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ResumeError(f"run_dir {run} is not empty and holds no run; choose another run_dir")
 
 
 @contextmanager
@@ -85,23 +88,40 @@ def best_step(run: Path) -> int:
     Raises:
       CheckpointError: there is none.
     """
-    directory = run / CHECKPOINTS
-    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
-    whole = (step for step in steps if checkpoint.fault_of(directory / str(step)) is None)
+    directory, steps = run / CHECKPOINTS, steps_of(run)
+    whole = (step for step in reversed(steps) if checkpoint.fault_of(directory / str(step)) is None)
     newest = next(whole, None)
     if newest is None:
-        raise CheckpointError(f"{run} has no whole checkpoint")
-    best = (checkpoint.metadata(directory, newest).get("best") or {}).get("step")
-    return best if best in steps and checkpoint.fault_of(directory / str(best)) is None else newest
+        raise CheckpointError(f"{run} has no whole checkpoint" if run.is_dir() else f"{run} does not exist")
+    best = (checkpoint.metadata(directory, newest)["best"] or {"step": newest})["step"]
+    fault = checkpoint.fault_of(directory / str(best))
+    if fault is not None:
+        raise CheckpointError(f"{run}: its best checkpoint, step {best}, is not usable: {fault}; there are {steps}")
+    return best
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of a run's checkpoints, oldest first, whole or not."""
+    return sorted(int(path.name) for path in (run / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    """Records of a run's metrics.jsonl; lines that a crash cut off or mixed up are left out."""
     try:
-        lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = (run / METRICS).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = (parsed(line) for line in lines if line.endswith(b"\n"))
+    return [record for record in records if record is not None]
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """One record; None if the line holds something else."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record and "kind" in record else None
 
 
 def keep_metrics(run: Path, step: int) -> None:

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PositiveInt, model_validator
 
-from vlora_jax.adapters.lora import LoRA
 from vlora_jax.adapters.method import Method, SiteMethod
 from vlora_jax.adapters.registry import from_config
 from vlora_jax.errors import ConfigError
@@ -14,6 +13,15 @@ MethodField = Annotated[
     BeforeValidator(lambda value: value if isinstance(value, Method) else from_config(value)),
     PlainSerializer(lambda method: method.config()),
 ]
+
+RELEASED = {"alpha": 1.0, "start": "kaiming_both"}  # of LoRA increments, where the config is silent
+
+
+def increment_of(value: Any) -> Any:
+    """An increment from plain values; what is left out of LoRA's is as in the authors' released code."""
+    if isinstance(value, dict) and value.get("method", "lora") == "lora":
+        value = RELEASED | value
+    return value if isinstance(value, Method) else from_config(value)
 
 
 class Vertical(BaseModel):
@@ -34,8 +42,8 @@ class Vertical(BaseModel):
         description="base: only a compound's first layer moves the base kernel; none: every layer does; prev (chain): "
         "every layer moves its own increment only",
     )
-    increment: MethodField = Field(
-        default_factory=lambda: LoRA(rank=8, alpha=1.0, start="kaiming_both"), description="any mergeable method"
+    increment: Annotated[MethodField, BeforeValidator(increment_of)] = Field(
+        default_factory=lambda: increment_of({"rank": 8}), description="any mergeable method"
     )
     targets: str | tuple[str, ...] = Field(default="all-linear", description="kernels of a block that are shared")
     adapter_on_base: bool = Field(default=False, description="a compound's first layer has an increment too")
