@@ -127,7 +127,7 @@ def test_a_signal_saves_exits_with_75_and_the_same_command_continues(kind, tmp_p
         time.sleep(0.02)
     process.send_signal(kind)
     out, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (75, "")
+    assert (process.returncode, error) == (75, "stopping after the next step; once more to stop at once\n")
     done = read_metrics(run_dir)[-1]["step"]
     assert f"stopped and saved at step {done} of 4000; the same command continues {run_dir}" in out
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
