@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from vlora_jax import LoRA, init, split
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.data.pipeline import TrainBatches
-from vlora_jax.distributed.mesh import check_batch, make_mesh
+from vlora_jax.distributed.mesh import check_batch, make_mesh, whole_batch
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device
 from vlora_jax.errors import ConfigError
 from vlora_jax.training.config import load_config
@@ -64,6 +64,11 @@ def test_a_mesh_must_multiply_to_the_devices():
         make_mesh(3)
     with pytest.raises(ConfigError, match=r"data.batch 12 cannot be split over 8 devices"):
         check_batch(12, make_mesh())
+
+
+def test_an_evaluation_batch_is_filled_up_to_the_devices_that_share_it():
+    assert [whole_batch(size, make_mesh()) for size in (1, 8, 9, 120)] == [8, 8, 16, 120]
+    assert whole_batch(7, make_mesh(1, 1, 8)) == 7, "the tensor axis shares no batch"
 
 
 def three_steps(overrides: list[str], devices: list[jax.Device]) -> tuple[list[float], dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ from flax import nnx
 
 import vlora_jax as vj
 from vlora_jax.adapters.trees import flatten
+from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.hlo import dot_flops
 from vlora_jax.models.stack import Stack
 from vlora_jax.vertical.config import Vertical
@@ -151,3 +152,22 @@ def test_increments_that_start_at_zero_leave_a_compound_equal():
     kernels = np.asarray(flatten(dense)["block/up/kernel"])
     np.testing.assert_array_equal(kernels[:2], kernels[2:])
     assert not np.array_equal(kernels[0], kernels[1])
+
+
+def test_a_block_with_state_is_refused():
+    """A scan would neither carry it on nor draw it anew."""
+
+    class Dropping(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear, self.dropout = nnx.Linear(3, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, h):
+            return self.dropout(self.linear(h))
+
+    with pytest.raises(ConfigError, match=r"parameters only; dropout/rngs/\w+ is state"):
+        Stack(Dropping, 2, rngs=nnx.Rngs(0))
+
+
+def test_a_stack_without_layers_is_refused():
+    with pytest.raises(ConfigError, match="at least one layer, not 0"):
+        Stack(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 0, rngs=nnx.Rngs(0))
