@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlora_jax.models import attention as module
-from vlora_jax.models.attention import attention, best_form, rotate, splash
+from vlora_jax.models import blocks as module
+from vlora_jax.models.attention import attention, best_form, splash
+from vlora_jax.models.rotary import Rotary, frequencies
 
 BATCH, LENGTH, HEADS, DIM = 2, 10, 4, 6
 
@@ -26,7 +27,7 @@ def segments_of(length=LENGTH):
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_and_their_gradients_are_those_of_plain_attention(causal, packed, monkeypatch):
     """Three blocks of queries, the last one short; grouped-query heads."""
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "block_size", lambda length, causal: 4 if causal else length)
     arrays, segments = qkv(), segments_of() if packed else None
 
     def loss(arrays, form):
@@ -82,7 +83,7 @@ def test_each_backend_takes_its_form(arguments, form):
 
 def test_no_gradient_reaches_later_tokens(monkeypatch):
     """Position i depends on every key and value up to i and, exactly, on none after it."""
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "block_size", lambda length, causal: 4 if causal else length)
     q, k, v = qkv()
 
     @jax.jit
@@ -111,11 +112,10 @@ def test_rotation_is_that_of_complex_numbers():
     """(x₁ + i x₂) e^{i p θ^(-2j/d)}, the halves of a head as real and imaginary parts."""
     x, theta = qkv()[0], 100.0
     positions = np.asarray([np.arange(LENGTH), np.arange(LENGTH) * 3 + 1])
-    frequencies = theta ** (-2 * np.arange(DIM // 2) / DIM)
-    turns = np.exp(1j * positions[..., None] * frequencies)[:, :, None]
+    turns = np.exp(1j * positions[..., None] * theta ** (-2 * np.arange(DIM // 2) / DIM))[:, :, None]
     turned = (np.asarray(x)[..., : DIM // 2] + 1j * np.asarray(x)[..., DIM // 2 :]) * turns
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(rotate(x, jnp.asarray(positions), theta), expected, atol=1e-5)
+    np.testing.assert_allclose(Rotary.at(jnp.asarray(positions), frequencies(DIM, theta))(x), expected, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -124,7 +124,7 @@ def test_rotary_scores_depend_on_distance_only():
 
     @jax.jit
     def scores(shift):
-        turned_q, turned_k = (rotate(a, at(shift), 10_000.0) for a in (q, k))
+        turned_q, turned_k = (Rotary.at(at(shift), frequencies(DIM, 10_000.0))(a) for a in (q, k))
         return jnp.einsum("bshk,bthk->bhst", turned_q, turned_k)
 
     np.testing.assert_allclose(scores(0), scores(500), atol=2e-4)

@@ -1,5 +1,7 @@
 """The decoder: published parameter counts, its options, causality, packing."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +126,18 @@ def test_more_tokens_than_learned_positions_are_refused():
     graphdef, shapes = build(**SMALL, max_positions=4)
     with pytest.raises(ConfigError, match="5 tokens, but max_positions is 4"):
         jax.eval_shape(lambda base: vj.apply(graphdef, base, None, jnp.zeros((1, 5), jnp.int32)), shapes)
+
+
+def test_what_elementwise_steps_give_is_not_kept_for_the_backward_pass():
+    """Of a gated MLP with adapters its two inputs are kept; the product that `down` reads is computed again."""
+    options = {**SMALL, "mlp_width": 44, "layers": 3, "tied_head": False}
+    graphdef, params = build(**options)
+    ids = jnp.zeros((2, LENGTH), jnp.int32)
+    adapter = jax.eval_shape(lambda base: vj.init(vj.LoRA(rank=2), jax.random.key(0), base), params)
+
+    def kept(params, trainable):
+        apply = lambda trainable: vj.apply(graphdef, params, adapter.with_trainable(trainable), ids)
+        return jax.tree.leaves(jax.vjp(apply, trainable)[1])
+
+    shapes = [leaf.shape for leaf in jax.eval_shape(kept, params, adapter.trainable)]
+    assert sum(math.prod(shape) == 3 * ids.size * 44 for shape in shapes) == 2

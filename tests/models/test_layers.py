@@ -10,19 +10,32 @@ from flax import nnx
 
 import vlora_jax as vj
 from vlora_jax.adapters.trees import flatten
-from vlora_jax.models.layers import ACTIVATIONS, LLAMA_STYLE, Block, BlockConfig, Linear, patches_of
+from vlora_jax.models.elementwise import ACTIVATIONS
+from vlora_jax.models.layers import (
+    LLAMA_STYLE,
+    Block,
+    BlockConfig,
+    Context,
+    Linear,
+    patches_of,
+    position_tables,
+)
 
 BATCH, LENGTH, WIDTH = 2, 5, 8
 SIZES = {"width": WIDTH, "heads": 4, "mlp_width": 12}
 
 
 def block_in_numpy(config, params, x, positions, segments):
-    """Pre-norm attention and MLP in float64, head by head, from the formulas of the papers."""
+    """Attention and MLP in float64, head by head, from the formulas of the papers."""
     p = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdims=True) if config.norm == "layer" else x
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_eps) * p[f"{name}/scale"]
+        scaled = (
+            centred
+            / np.sqrt((centred**2).mean(-1, keepdims=True) + config.norm_eps)
+            * (p[f"{name}/scale"] + config.norm_offset)
+        )
         return scaled + p.get(f"{name}/bias", 0.0)
 
     def dense(x, name):
@@ -37,7 +50,15 @@ def block_in_numpy(config, params, x, positions, segments):
         turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * positions[..., None] * frequencies)
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    h, out = norm(x, "attn_norm"), []
+    def enter(x, branch):
+        return x if config.norm_place == "post" else norm(x, f"{branch}_norm")
+
+    def leave(x, out, branch):
+        if config.norm_place == "post":
+            return norm(x + out, f"{branch}_norm")
+        return x + (norm(out, f"{branch}_post_norm") if config.norm_place == "both" else out)
+
+    h, out = enter(x, "attn"), []
     heads, keys = config.heads * config.dim, config.key_heads * config.dim
     if config.fused_qkv:
         q, k, v = np.split(dense(h, "attn/qkv"), [heads, heads + keys], axis=-1)
@@ -45,24 +66,39 @@ def block_in_numpy(config, params, x, positions, segments):
         q, k, v = (dense(h, f"attn/{name}") for name in "qkv")
     sees = segments[:, :, None] == segments[:, None, :]
     sees = sees & (np.tril(np.ones((LENGTH, LENGTH), bool)) | (not config.causal))
+    if config.window:
+        sees = sees & (np.subtract.outer(np.arange(LENGTH), np.arange(LENGTH)) < config.window)
     for head in range(config.heads):
         group = head // (config.heads // config.key_heads)
         mine, shared = (slice(i * config.dim, (i + 1) * config.dim) for i in (head, group))
         q_h, k_h, v_h = q[..., mine], k[..., shared], v[..., shared]
+        if config.qk_norm:
+            q_h, k_h = norm(q_h, "attn/q_norm"), norm(k_h, "attn/k_norm")
         if config.rotary_theta:
             q_h, k_h = rotated(q_h), rotated(k_h)
-        weights = np.where(sees, np.exp(q_h @ k_h.swapaxes(1, 2) / config.dim**0.5), 0)
+        scores = q_h @ k_h.swapaxes(1, 2) * (config.query_scale or config.dim**-0.5)
+        if config.softcap:
+            scores = config.softcap * np.tanh(scores / config.softcap)
+        weights = np.where(sees, np.exp(scores), 0)
         out.append(weights / weights.sum(-1, keepdims=True) @ v_h)
-    x = x + dense(np.concatenate(out, axis=-1), "attn/o")
-    h = norm(x, "mlp_norm")
+    x = leave(x, dense(np.concatenate(out, axis=-1), "attn/o"), "attn")
+    h = enter(x, "mlp")
     inner = activation(dense(h, "mlp/gate")) * dense(h, "mlp/up") if config.gated else activation(dense(h, "mlp/up"))
-    return x + dense(inner, "mlp/down")
+    return leave(x, dense(inner, "mlp/down"), "mlp")
+
+
+GEMMA = {**LLAMA_STYLE, "norm_place": "both", "norm_offset": True, "softcap": 2.0, "query_scale": 0.7, "window": 2}
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"fused_qkv": True}, {**LLAMA_STYLE, "kv_heads": 2, "head_dim": 6, "rotary_theta": 50.0}],
-    ids=["vit", "llama"],
+    [
+        {"fused_qkv": True},
+        {"norm_place": "post"},
+        {**LLAMA_STYLE, "kv_heads": 2, "head_dim": 6, "rotary_theta": 50.0, "qk_norm": True},
+        GEMMA,
+    ],
+    ids=["vit", "bert", "qwen", "gemma"],
 )
 def test_a_block_computes_the_formulas(options):
     config = BlockConfig(**SIZES, **options)
@@ -71,7 +107,12 @@ def test_a_block_computes_the_formulas(options):
     params = jax.tree.map(lambda leaf: rng.normal(0.2, 0.5, leaf.shape).astype(np.float32), shapes)
     x = rng.normal(size=(BATCH, LENGTH, WIDTH))
     positions, segments = np.asarray([[0, 1, 2, 0, 1], [4, 5, 6, 7, 8]]), np.asarray([[1, 1, 1, 2, 2], [1] * 5])
-    run = jax.jit(lambda params, *inputs: vj.apply(graphdef, params, None, *inputs))
+
+    @jax.jit
+    def run(params, x, positions, segments):
+        context = Context(segments, rotary=position_tables(config, positions)[0])
+        return vj.apply(graphdef, params, None, x, context)
+
     got = run(params, jnp.asarray(x, jnp.float32), jnp.asarray(positions), jnp.asarray(segments))
     np.testing.assert_allclose(got, block_in_numpy(config, params, x, positions, segments), atol=1e-4, rtol=1e-5)
 

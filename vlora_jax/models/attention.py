@@ -1,18 +1,17 @@
 """Scaled dot-product attention behind one function that takes the best form a backend has."""
 
-import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from vlora_jax.distributed.within import target
+from vlora_jax.models.blocks import Mask, heads_first
 
 Form = Literal["auto", "blocks", "plain", "cudnn", "splash"]
-# Queries a block on CPU. Alone, forward and backward at 256, 1,024 and 2,048 tokens (8 heads of 64), blocks of 64 ran
-# in 0.74–0.98 of the time but compiled twice as long, with no clear gain inside a whole step; 256 ran in up to 1.09.
-BLOCK = 128
 
 
 def best_form(backend: str, dtype: jnp.dtype, length: int, head_dim: int, causal: bool) -> Form:
@@ -38,57 +37,42 @@ def attention(
     *,
     causal: bool = False,
     segments: Int[Array, "batch length"] | None = None,
+    key_segments: Int[Array, "batch keys"] | None = None,
+    window: int | None = None,
+    windowed: Bool[Array, ""] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Float[Array, "heads length keys"] | None = None,
+    offset: Int[Array, ""] | None = None,
     form: Form = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
-    """softmax(q kᵀ / √head_dim) v in float32, with grouped-query heads.
+    """softmax(scale · q kᵀ + bias) v in float32, with grouped-query heads.
 
     Args:
       q, k, v: heads must be a multiple of kv_heads; a group of heads shares a key and value head.
-      causal: position i sees keys 0 … i.
+      causal: query i sees keys 0 … offset + i.
       segments: a token sees only keys of its own segment (packed documents; padding is a segment too).
+      key_segments: those of the keys, where they are other tokens than the queries.
+      window: query i sees only keys from offset + i - window + 1 on.
+      windowed: whether the window applies to this layer; it does if not given.
+      scale: 1/√head_dim if not given.
+      softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv 2408.00118).
+      bias: added to the scores.
+      offset: the place of the first query among the keys, 0 if not given (decoding with a cache).
       form: `"auto"` takes `best_form`; the others force one.
     """
+    plain = window is None and softcap is None and bias is None and key_segments is None and scale is None
     if form == "auto":
-        form = best_form(jax.default_backend(), q.dtype, q.shape[1], q.shape[3], causal)
-    if form == "blocks":
-        return blocked(q, k, v, causal, segments)
+        form = best_form(target(), q.dtype, q.shape[1], q.shape[3], causal) if plain else "blocks"
     if form == "splash":
         return splash(q, k, v, segments)
+    if form == "blocks" or not plain:
+        others = segments if key_segments is None else key_segments
+        mask = Mask(segments, others, windowed, offset, causal=causal, window=window)
+        return heads_first(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, scale, softcap, bias)
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     implementation = "cudnn" if form == "cudnn" else None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=implementation)
-
-
-def blocked(
-    q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch keys kv_heads head_dim"],
-    v: Float[Array, "batch keys kv_heads head_dim"],
-    causal: bool,
-    segments: Int[Array, "batch length"] | None,
-) -> Float[Array, "batch length heads head_dim"]:
-    """Heads-first attention in blocks of queries; causal blocks leave out the keys after their last query."""
-    batch, length, heads, dim = q.shape
-    groups = k.shape[2]
-    q_BGRSK = q.reshape(batch, length, groups, heads // groups, dim).transpose(0, 2, 3, 1, 4) * dim**-0.5
-    k_BGTK, v_BGTK = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    size = BLOCK if causal else length
-    blocks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        keys = stop if causal else k.shape[1]
-        scores = jnp.einsum(
-            "bgrsk,bgtk->bgrst", q_BGRSK[..., start:stop, :], k_BGTK[:, :, :keys], preferred_element_type=jnp.float32
-        )
-        if causal:
-            seen = jnp.arange(start, stop)[:, None] >= jnp.arange(keys)[None, :]
-            scores = jnp.where(seen, scores, -jnp.inf)
-        if segments is not None:
-            same = segments[:, start:stop, None] == segments[:, None, :keys]
-            scores = jnp.where(same[:, None, None], scores, -jnp.inf)
-        shares = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        blocks.append(jnp.einsum("bgrst,bgtk->bgrsk", shares, v_BGTK[:, :, :keys]))
-    out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, dim)
 
 
 def splash(
@@ -122,20 +106,3 @@ def splash(
         spec = P(rows, "tensor" if "tensor" in mesh.shape else None)
         call = jax.shard_map(call, mesh=mesh, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False)
     return call(q, k, v, segments).transpose(0, 2, 1, 3)
-
-
-@functools.cache
-def rotary_frequencies(head_dim: int, theta: float) -> tuple[float, ...]:
-    """Angular frequencies θ^(-2i/head_dim) of the rotary position embedding (arXiv 2104.09864, eq. 15)."""
-    return tuple(theta ** (-2 * i / head_dim) for i in range(head_dim // 2))
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], positions: Int[Array, "batch length"], theta: float
-) -> Array:
-    """Rotary position embedding; the first half of each head is paired with the second, as in Llama's files."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rotary_frequencies(x.shape[-1], theta))
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -13,9 +13,11 @@ from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.bind import child
+from vlora_jax.adapters.kept import keeps
 from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.distributed.within import batch_ways
 from vlora_jax.errors import ConfigError
 from vlora_jax.vertical.config import Vertical
 from vlora_jax.vertical.expand import dense_kernels
@@ -35,7 +37,7 @@ def wide_products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     return not batch and math.prod(arguments[0].shape[axis] for axis in contracted) >= WIDE
 
 
-POLICIES: dict[str, Callable | None] = {"full": None, "dots": wide_products, "nested": None}
+POLICIES: dict[str, Callable | None] = {"none": keeps, "full": None, "dots": wide_products, "nested": None}
 
 
 class Stack(nnx.Module):
@@ -62,9 +64,9 @@ class Stack(nnx.Module):
           make_block: builds one block from its random keys; any NNX module that maps `(h, *inputs)` to `h`.
           layers: depth.
           vertical: share kernels across depth.
-          remat: what the backward pass computes again: `"none"` nothing; `"full"` each layer, keeping its input;
-            `"dots"` each layer but for its matrix products; `"nested"` each layer and each compound, keeping one
-            input a compound (the least memory, one more forward pass).
+          remat: what the backward pass computes again: `"none"` elementwise steps only; `"full"` each layer, keeping
+            its input; `"dots"` each layer but for its matrix products; `"nested"` each layer and each compound,
+            keeping one input a compound (the least memory, one more forward pass).
 
         Raises:
           ConfigError: the compound size does not divide the depth, or the block has state (dropout, batch statistics).
@@ -96,15 +98,16 @@ class Stack(nnx.Module):
             return []
         return [choose(self.vertical, site, tokens, train) for site in self.sites]
 
-    def __call__(self, h: Any, *inputs: Any, train: bool = False) -> Any:
+    def __call__(self, h: Any, *inputs: Any, each: Any = None, train: bool = False) -> Any:
         """All layers in turn.
 
         Args:
           h: `(…, features)`, what the first layer receives.
           inputs: passed on to every layer as they are (positions, segments).
+          each: a pytree of `(layers, …)`; every layer receives its own part after `inputs`. None: nothing.
           train: a vertical stack takes the form that is cheaper with a backward pass.
         """
-        call = lambda block, h: block(h, *inputs)
+        call = lambda block, h, own: block(h, *inputs) if own is None else block(h, *inputs, own)
         layer_remat, compound_remat = self._remats()
         if self.vertical is not None:
             rows = math.prod(jax.tree.leaves(h)[0].shape[:-1])
@@ -112,21 +115,43 @@ class Stack(nnx.Module):
             # A loop in a loop copies what is kept for the backward pass twice; small compounds do without the inner.
             written_out = self.remat in ("none", "dots") and self.vertical.size <= WRITTEN_OUT
             plan = Plan(self.vertical, self.sites, factored, layer_remat, compound_remat, written_out)
-            return run(plan, self.block, self._tensors(), h, call)
+            return run(plan, self.block, self._tensors(), h, call, each)
         graphdef, layers = nnx.split(self.block)
-        body = layer_remat(lambda h, layer: call(nnx.merge(graphdef, layer), h))
-        return jax.lax.scan(lambda h, layer: (body(h, layer), None), h, layers)[0]
+        body = layer_remat(lambda h, layer, own: call(nnx.merge(graphdef, layer), h, own))
+        return jax.lax.scan(lambda h, inputs: (body(h, *inputs), None), h, (layers, each))[0]
+
+    def thread(self, h: Any, each: Any, step: Callable[[Any, Any, Any], tuple]) -> tuple:
+        """All layers of a dense stack in turn, each taking its part of `each` and giving something back.
+
+        Args:
+          h: what the first layer receives.
+          each: a pytree of `(layers, …)`.
+          step: `(block, h, part) → (h, given back)`.
+
+        Returns:
+          The last `h`, and what the layers gave back with a layer axis first.
+        """
+        graphdef, layers = nnx.split(self._dense())
+        return jax.lax.scan(lambda h, inputs: step(nnx.merge(graphdef, inputs[0]), h, inputs[1]), h, (layers, each))
+
+    def apart(self) -> list[nnx.Module]:
+        """The layers of a dense stack as blocks of their own, for programs that don't loop over them."""
+        graphdef, layers = nnx.split(self._dense())
+        own = lambda index: jax.tree.map(lambda leaf: leaf[index], layers)
+        return [nnx.merge(graphdef, own(index)) for index in range(self.layers)]
+
+    def _dense(self) -> nnx.Module:
+        if self.vertical is not None:
+            raise ConfigError("this needs one kernel a layer; expand the vertical model first (vlora_jax.expand)")
+        return self.block
 
     def _tensors(self) -> Increments:
         return jax.tree.map(lambda v: v.get_value(), self.increments, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
     def _remats(self) -> tuple[Callable, Callable]:
-        if self.remat == "none":
-            return (lambda f: f), (lambda f: f)
-        policy = POLICIES[self.remat]
         # Inside a loop XLA cannot merge the recomputation with the first pass, so it needs no barrier.
         turns = self.layers if self.vertical is None else self.vertical.compounds(self.layers)
-        wrap = lambda f: jax.checkpoint(f, prevent_cse=turns == 1, policy=policy)
+        wrap = lambda f: jax.checkpoint(f, prevent_cse=turns == 1, policy=POLICIES[self.remat])
         return wrap, (wrap if self.remat == "nested" else lambda f: f)
 
     def densify(self) -> None:
@@ -214,5 +239,4 @@ def draw_vertical(vertical: Vertical, sites: Sequence[Site], draw: Callable, key
 
 def per_device(tokens: int) -> int:
     """Tokens of one device: batches are split over the mesh axes `data` and `fsdp`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return max(1, tokens // (mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)))
+    return max(1, tokens // batch_ways())

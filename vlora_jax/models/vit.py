@@ -7,12 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, PositiveInt, model_validator
 
-from vlora_jax.models.layers import Block, BlockConfig, dtypes_of, linear, norm, patches_of
-from vlora_jax.models.stack import Remat, Stack
-from vlora_jax.vertical.config import Vertical
+from vlora_jax.models.layers import Block, Norm, StackConfig, dtypes_of, linear, patches_of
+from vlora_jax.models.stack import Stack
 
 
-class ViTConfig(BlockConfig):
+class ViTConfig(StackConfig):
     """A Vision Transformer. The defaults are the embedded digits model."""
 
     family: Literal["vit"] = "vit"
@@ -24,10 +23,6 @@ class ViTConfig(BlockConfig):
     class_token: bool = Field(
         default=False, description="classify from an extra token instead of the mean over patches"
     )
-    vertical: Vertical | None = None
-    remat: Remat = "none"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _check_image(self) -> "ViTConfig":
@@ -51,7 +46,7 @@ class ViT(nnx.Module):
             self.token = nnx.Param(init(rngs.params(), (config.width,), param_dtype))
         make_block = lambda rngs: Block(config, rngs, **dtypes)
         self.layers = Stack(make_block, config.layers, vertical=config.vertical, remat=config.remat, rngs=rngs)
-        self.norm = norm(config, rngs, **dtypes)
+        self.norm = Norm(config, rngs, **dtypes)
         self.head = linear(config, config.width, config.classes, True, rngs, **dtypes)
 
     def __call__(

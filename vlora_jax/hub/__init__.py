@@ -1,0 +1,1 @@
+"""Models and adapters as Hugging Face keeps them: read, written, named."""
