@@ -7,8 +7,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from vlora_jax.data.summary import Summary
+
 Example = dict[str, Any]  # arrays by name
-Task = Literal["classification", "next_token"]
+Task = Literal["classification", "next_token", "text_classification", "seq2seq"]
 
 
 @runtime_checkable
@@ -26,10 +28,14 @@ class DataSet:
 
     Attributes:
       task: `"classification"`: examples have `image` and `label`; `"next_token"`: `tokens`, `targets` and `mask`,
-        all `(length,)`. Every example has its number in its source as `id`.
+        all `(length,)`, and `positions` and `segments` where several documents share a row;
+        `"text_classification"`: `tokens`, `segments` and perhaps `types`, `(length,)`, and `label`; `"seq2seq"`:
+        `tokens` and `segments`, `(length,)`, and `decoder_tokens`, `decoder_segments`, `targets` and `mask`,
+        `(target length,)`. Segments are 0 in padding. Every example has its number in its source as `id`.
       augment: changes a training example with a NumPy generator that depends on the run's seed and the place of
         the example in the data order alone.
-      facts: what a model must fit: `classes` and `image`, or `vocabulary`.
+      facts: what a model must fit: `classes` and `image`, or `vocabulary`; the classes' names as `labels`.
+      summary: what to show of a set of texts before it is learnt.
     """
 
     name: str
@@ -39,6 +45,7 @@ class DataSet:
     fingerprint: str
     augment: Callable[[Example, np.random.Generator], Example] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
