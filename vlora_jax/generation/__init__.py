@@ -1,0 +1,1 @@
+"""Text from a model: prefill, a decode loop with a cache, sampling."""
