@@ -42,6 +42,25 @@ def test_an_adapter_gives_the_tensors_of_a_site_and_the_shared_ones():
     assert sorted(adapter.shared) == ["bank", "scale"]
 
 
+def test_a_shared_tensor_belongs_to_all_sites_or_to_those_of_one_role():
+    paths = ("layers/0/q", "layers/1/q", "layers/1/v", "blocks/q", "q")
+    adapter = vj.Adapter.of(
+        vj.LoRA(),
+        [vj.Site(path, "kernel", "dense", (), (4, 6), (0,), (1,)) for path in paths],
+        trainable={},
+        shared={"c": jnp.ones(1), "layers/*/q/a": jnp.ones(2), "layers/*/v/a": jnp.ones(3)},
+        frozen_shared={"blocks/q/a": jnp.ones(4), "layers/*/q/b": jnp.ones(5)},
+    )
+    sizes = {path: {name: value.size for name, value in adapter.shared_at(path).items()} for path in paths}
+    assert sizes == {
+        "layers/0/q": {"c": 1, "a": 2, "b": 5},
+        "layers/1/q": {"c": 1, "a": 2, "b": 5},
+        "layers/1/v": {"c": 1, "a": 3},
+        "blocks/q": {"c": 1, "a": 4},
+        "q": {"c": 1},
+    }
+
+
 def test_sites_without_frozen_tensors_leave_no_trace():
     adapter = vj.Adapter.of(vj.LoRA(), [SITE], trainable={"up": {"a": jnp.ones(2)}}, frozen={"up": {}})
     assert adapter.frozen == {"sites": {}, "shared": {}}

@@ -18,7 +18,7 @@ from vlora_jax.adapters.registry import from_config
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.adapters.view import dropout
-from vlora_jax.errors import ConfigError, TargetError
+from vlora_jax.errors import ConfigError, ConversionError, TargetError
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
 
 
@@ -209,8 +209,9 @@ def test_a_full_config_survives_json():
         rank=3,
         rank_stabilised=True,
         dropout=0.1,
-        rank_pattern={"up": 1},
+        rank_pattern={"up": [1, 0, 2]},
         alpha_pattern={"mix": 2.0},
+        bias=True,
         start="gaussian",
         b_rate=16.0,
     )
@@ -258,6 +259,64 @@ def test_lora_plus_trains_b_faster(stacked):
     updates = flatten(jax.jit(lambda: tx.update(ones, tx.init(ones), ones)[0])())
     for path, update in updates.items():
         close(update, np.full(update.shape, -1.6 if path.endswith("/b") else -0.1))
+
+
+def test_lists_give_each_layer_its_own_rank_and_alpha(stacked):
+    method = vj.LoRA(
+        rank=2, alpha=6.0, targets="up|mix", rank_pattern={"up": [1, 0, 3]}, alpha_pattern={"mix": [1.0, 2.0, 4.0]}
+    )
+    adapter = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(stacked)
+    adapter = adapter.with_trainable(random_adapter(method, stacked).trainable)
+    deltas = jax.jit(lambda: {s.path: site_delta(adapter, s, s.read(flatten(stacked))) for s in adapter.sites})()
+    for path, layers in {
+        "blocks/up": [(1, 6.0), (0, 6.0), (3, 2.0)],
+        "blocks/mix": [(2, 0.5), (2, 1.0), (2, 2.0)],
+    }.items():
+        a, b = (np.asarray(adapter.factors(path)[name]) for name in "ab")
+        for layer, (rank, scale) in enumerate(layers):
+            close(deltas[path][layer], scale * a[layer][:, :rank] @ b[layer][:rank])
+
+
+def test_numbers_beyond_a_layer_s_rank_are_zero_and_stay_so(stacked):
+    method = vj.LoRA(rank=2, targets="up", rank_pattern={"up": [1, 0, 3]}, start="kaiming_both")
+    adapter = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(stacked)
+    (site,), kernel = adapter.sites, jnp.zeros((3, 4, 6))
+    loss = lambda t: (site_delta(adapter.with_trainable(t), site, kernel) ** 2).sum()
+    for tree in (adapter.trainable, jax.jit(jax.grad(loss))(adapter.trainable)):
+        a, b = (np.asarray(tree["sites"][site.path][name]) for name in "ab")
+        for layer, rank in enumerate((1, 0, 3)):
+            assert a[layer].any(axis=0).tolist() == b[layer].any(axis=1).tolist() == [i < rank for i in range(3)]
+
+
+def test_a_list_must_have_a_value_for_each_layer(stacked):
+    with pytest.raises(ConfigError, match="lora: rank_pattern lists 2 values for blocks/up, which has 3 layers"):
+        random_adapter(vj.LoRA(targets="up", rank_pattern={"up": [1, 2]}), stacked)
+    with pytest.raises(ConfigError, match=r"lora: rank_pattern\['up'\]\[1\] is -1; it must be at least 0"):
+        vj.LoRA(rank_pattern={"up": [1, -1]})
+
+
+def test_a_bias_of_b_shifts_the_output_by_the_scale_and_is_merged_into_the_layer_s():
+    graphdef, base = parameters(lambda rngs: nnx.Linear(4, 3, rngs=rngs))
+    adapter = random_adapter(vj.LoRA(rank=2, alpha=6.0, bias=True), base)
+    x, factors = jnp.ones((2, 4)), {name: np.asarray(value) for name, value in adapter.factors("").items()}
+    out, merged = jax.jit(lambda: (vj.apply(graphdef, base, adapter, x), vj.merge(base, adapter)))()
+    kernel, bias = (np.asarray(base[name].get_value()) for name in ("kernel", "bias"))
+    close(merged["bias"].get_value(), bias + 3 * factors["bias"])
+    close(out, x @ (kernel + 3 * factors["a"] @ factors["b"]) + bias + 3 * factors["bias"])
+
+
+def test_a_bias_cannot_be_merged_into_a_layer_without_one_nor_trained_on_an_embedding():
+    base = parameters(lambda rngs: nnx.Linear(4, 3, use_bias=False, rngs=rngs))[1]
+    with pytest.raises(ConversionError, match=r"lora changes the bias of .*, which has none"):
+        vj.merge(base, random_adapter(vj.LoRA(rank=2, bias=True), base))
+    with pytest.raises(ConfigError, match="lora: bias: embed is an embedding"):
+        random_adapter(vj.LoRA(rank=2, bias=True, targets="embed"), parameters(Tied)[1])
+
+
+def test_vertical_increments_take_neither():
+    for options in ({"bias": True}, {"rank_pattern": {"up": [1, 2]}}):
+        with pytest.raises(ValueError, match="a vertical increment takes no bias and one rank"):
+            vj.Vertical(increment=vj.LoRA(**options))
 
 
 def test_every_start_is_listed():

@@ -123,6 +123,9 @@ def test_a_method_that_depends_on_the_input_is_refused():
         def init_site(self, key, site, kernel):
             return Factors({"g": jnp.zeros(site.out_dim)})
 
+        def forward(self, x, y, kernel, factors):
+            return y * jnp.tanh(y @ factors["g"])[:, None]
+
     base = {"kernel": jnp.ones((4, 5))}
     with pytest.raises(ConversionError, match="gated depends on the input and cannot be merged"):
         vj.merge(base, random_adapter(Gated(), base))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 import chex
@@ -15,47 +16,73 @@ from flax import nnx
 from helpers import close, moved, parameters
 
 import vlora_jax as vj
+from vlora_jax.adapters.kept import keeps
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.errors import ConfigError, ConversionError
 
-SMALL = {"rank": 2}  # options for kernels as small as the ones here, where a method has them
-CHANGES_AT_START = frozenset()  # methods whose adapters change the model before any training
-NO_EMBEDDINGS = frozenset()  # methods that refuse embedding tables
+SMALL = {  # options for kernels as small as the ones here, where a method has them
+    "rank": 2, "steps": 9, "indices": (0, 2), "alpha": 4.0, "frequencies": 5, "scaling": 10.0, "vectors": 6,
+    "length": 1, "bank_bound": 1.0, "deviation": 0.5, "target_rank": 1, "active": 1, "density": 0.25, "heads": 2,
+}  # fmt: skip
+CHANGES_AT_START = frozenset({"lora_xs", "vblora"})  # methods whose adapters change the model before any training
+NO_EMBEDDINGS = frozenset({"bitfit", "flylora", "ln_tuning", "lorta", "mosara"})  # methods that refuse embedding tables
+SQUARE = frozenset({"lorta"})  # methods that take square kernels of one size only
 
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def test_a_method_without_its_maths_cannot_be_made():
+    class Idea(vj.Method):
+        name = "idea"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Idea()
+
+
 X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
 
 
 def small(name: str, **options) -> vj.Method:
     fields = METHODS[name].__dataclass_fields__
+    if not METHODS[name].on_sites and METHODS[name].whole is vj.Method.whole:  # it trains what `full` names only
+        options = {"full": options.get("full", ".*")}
+    if METHODS[name].targets == "embeddings":  # which most models here have none of
+        options = {"targets": "all-linear"} | options
     return METHODS[name](**{key: value for key, value in SMALL.items() if key in fields}, **options)
 
 
 class Block(nnx.Module):
-    """A residual MLP from an axis of 4 to one of 6 and from two axes back."""
+    """A residual MLP from an axis of 4 to one of 6 (4 if square) and from two axes back."""
 
-    def __init__(self, rngs, **dtypes):
-        self.up = nnx.Linear(4, 6, rngs=rngs, **dtypes)
-        self.down = nnx.Einsum("...nh,nhd->...d", (2, 3, 4), rngs=rngs, **dtypes)
+    def __init__(self, rngs, square, **dtypes):
+        self.inner = (2, 2) if square else (2, 3)
+        self.up = nnx.Linear(4, math.prod(self.inner), rngs=rngs, **dtypes)
+        self.down = nnx.Einsum("...nh,nhd->...d", (*self.inner, 4), rngs=rngs, **dtypes)
 
     def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)).reshape(*x.shape[:-1], 2, 3))
+        return x + self.down(jnp.tanh(self.up(x)).reshape(*x.shape[:-1], *self.inner))
 
 
 class Tower(nnx.Module):
-    """Three stacked blocks and a layer that is not stacked."""
+    """A norm, three stacked blocks and a layer that is not stacked."""
 
-    def __init__(self, rngs, **dtypes):
-        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(functools.partial(Block, **dtypes)))(rngs)
-        self.out = nnx.Linear(4, 5, rngs=rngs, **dtypes)
+    def __init__(self, rngs, square=False, **dtypes):
+        block = functools.partial(Block, square=square, **dtypes)
+        self.norm = nnx.LayerNorm(4, rngs=rngs, **dtypes)
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(block))(rngs)
+        self.out = nnx.Linear(4, 4 if square else 5, rngs=rngs, **dtypes)
 
     def __call__(self, x):
         graphdef, layers = nnx.split(self.blocks)
-        return self.out(jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, layer)(h), None), x, layers)[0])
+        h = jax.lax.scan(lambda h, layer: (nnx.merge(graphdef, layer)(h), None), x + self.norm(x), layers)[0]
+        return self.out(h)
 
 
-GRAPH = parameters(Tower)[0]
+@functools.cache
+def tower(name: str, **dtypes) -> tuple[nnx.GraphDef, Any]:
+    """Graph and parameters of a `Tower` that a method can be put on."""
+    return parameters(functools.partial(Tower, square=name in SQUARE, **dtypes))
 
 
 def unrolled(base, adapter, x, change):
@@ -67,15 +94,18 @@ def unrolled(base, adapter, x, change):
 
     def linear(path, x, kernel, layer=...):
         y = x @ kernel
+        if path not in methods:
+            return y
         factors = {name: value[layer] for name, value in adapter.factors(path).items()}
-        return y + change(methods[path], x, y, kernel, factors | adapter.shared)
+        return y + change(methods[path], x, y, kernel, factors | adapter.shared_at(path))
 
-    leaves = flatten(base)
-    h = x.reshape(-1, 4)
+    leaves = flatten(base) | adapter.trainable["full"]
+    normed = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    h = (x + normed * leaves["norm/scale"] + leaves["norm/bias"]).reshape(-1, 4)
     for layer in range(3):
         up = linear("blocks/up", h, leaves["blocks/up/kernel"][layer], layer) + leaves["blocks/up/bias"][layer]
-        h = h + linear("blocks/down", jnp.tanh(up), leaves["blocks/down/kernel"][layer].reshape(6, 4), layer)
-    return (linear("out", h, leaves["out/kernel"]) + leaves["out/bias"]).reshape(*x.shape[:-1], 5)
+        h = h + linear("blocks/down", jnp.tanh(up), leaves["blocks/down/kernel"][layer].reshape(-1, 4), layer)
+    return (linear("out", h, leaves["out/kernel"]) + leaves["out/bias"]).reshape(*x.shape[:-1], -1)
 
 
 def by_forward(method, x, y, kernel, factors):
@@ -83,7 +113,8 @@ def by_forward(method, x, y, kernel, factors):
 
 
 def by_delta(method, x, y, kernel, factors):
-    return x @ method.delta(kernel, factors)
+    shift = method.shift(factors)
+    return x @ method.delta(kernel, factors) + (0 if shift is None else shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +132,7 @@ class Case:
 @functools.cache
 def adapters(name: str) -> tuple[Any, vj.Adapter, vj.Adapter]:
     """The base, an adapter at its start, and the same with random values."""
-    base = parameters(Tower)[1]
+    base = tower(name)[1]
     start = jax.jit(lambda base: vj.init(small(name), jax.random.key(0), base))(base)
     return base, start, moved(start)
 
@@ -111,7 +142,7 @@ def case(request) -> Case:
     """All that the tests below compare, from one compiled program a method."""
     method = small(request.param)
     base, start, adapter = adapters(request.param)
-    apply = functools.partial(vj.apply, GRAPH)
+    apply = functools.partial(vj.apply, tower(request.param)[0])
     trainable, rest = vj.partition({"base": base, "adapter": adapter})
 
     @jax.jit
@@ -192,10 +223,10 @@ class WithAndWithoutJit(chex.TestCase):
     """Applying an adapter is a pure function of arrays."""
 
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(*METHODS)
+    @parameterized.parameters("lora", "vera", "adalora")  # the tests above are of compiled programs
     def test_apply_equals_a_loop_over_layers(self, name):
         base, _, adapter = adapters(name)
-        apply = self.variant(functools.partial(vj.apply, GRAPH))
+        apply = self.variant(functools.partial(vj.apply, tower(name)[0]))
         close(apply(base, adapter, X), unrolled(base, adapter, X, by_forward))
 
 
@@ -231,6 +262,28 @@ def test_a_sum_of_changes_is_a_change(case):
     close(summed, np.einsum("l,lio->io", weights, layers))
 
 
+def test_no_change_is_kept_for_the_backward_pass(case):
+    """In a stack of layers: what must build ΔW builds it again."""
+    if not case.method.mergeable or not case.method.on_sites or case.name in SQUARE:
+        pytest.skip("there is no ΔW, or its sides cannot be told from others")
+    method = dataclasses.replace(small(case.name), targets=".*")
+    base = {"kernel": jnp.eye(12, 18)}
+    adapter = vj.init(method, jax.random.key(0), base)
+    (site,) = adapter.sites
+
+    def kept(x, kernel, factors):
+        def run(x, factors):
+            return method.for_site(site).forward(x, x @ kernel, kernel, factors)
+
+        floats = {name: value for name, value in factors.items() if jnp.issubdtype(value.dtype, jnp.floating)}
+        call = jax.checkpoint(lambda x, floats: run(x, factors | floats), policy=keeps)
+        return jax.tree.leaves(jax.vjp(call, x, floats)[1])
+
+    factors = adapter.factors(site.path) | adapter.shared_at(site.path)
+    shapes = [leaf.shape for leaf in jax.eval_shape(kept, jnp.zeros((5, 12)), base["kernel"], factors)]
+    assert sum(set(shape) >= {12, 18} for shape in shapes) <= 1 + sum(v.shape == (12, 18) for v in factors.values())
+
+
 def test_every_trainable_leaf_has_a_learning_rate_group(case):
     groups = case.method.groups(case.adapter)
     assert jax.tree.structure(groups) == jax.tree.structure(case.adapter.trainable)
@@ -240,7 +293,7 @@ def test_every_trainable_leaf_has_a_learning_rate_group(case):
 
 @every_method
 def test_a_half_precision_base_keeps_its_dtype_and_adapters_theirs(name):
-    graphdef, base = parameters(functools.partial(Tower, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    graphdef, base = tower(name, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
     def abstract(base, x):
         adapter = vj.init(small(name), jax.random.key(0), base)
@@ -272,6 +325,8 @@ def test_an_embedding_is_changed_as_its_merged_table_says(name):
 
 def test_targets_do_not_influence_each_other_s_start(case):
     """The draws of a site stay as they are when a further site is adapted."""
+    if not case.method.on_sites:
+        pytest.skip("no targets: it trains what full names")
     method, start = dataclasses.replace(small(case.name), targets="blocks/up"), case.start
     alone = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(case.base)
     chex.assert_trees_all_equal(alone.factors("blocks/up"), start.factors("blocks/up"))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
-from vlora_jax.adapters.sites import Site
+from vlora_jax.adapters.sites import Site, role
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError, TargetError
 
@@ -23,7 +24,8 @@ class Adapter:
 
     Attributes:
       trainable: `{"sites": {path: {name: array}}, "shared": {name: array}, "full": {leaf path: array}}`. Arrays
-        of a site carry its layer axes first; shared ones have none; `full` holds base parameters trained whole.
+        of a site carry its layer axes first; shared ones have none: a name belongs to all sites, `role/name` to
+        the sites of one role (see `vlora_jax.adapters.sites.role`). `full` holds base parameters trained whole.
       frozen: `{"sites": …, "shared": …}`, what the method needs and no gradient reaches.
       method: the `Method` it belongs to, hyper-parameters only (static).
       sites: the kernels it changes (static).
@@ -59,12 +61,58 @@ class Adapter:
 
     @property
     def shared(self) -> FactorDict:
-        """Tensors that all sites share, trainable and frozen together, by name."""
+        """Tensors that sites share, trainable and frozen together, by name or `role/name`."""
         return self.trainable["shared"] | self.frozen["shared"]
+
+    def shared_at(self, path: str) -> FactorDict:
+        """Shared tensors that one site uses, by name: those of all sites, and those of its role."""
+        of_site = {}
+        for key, value in self.shared.items():
+            owner, _, name = key.rpartition("/")
+            if owner in ("", role(path)):
+                of_site[name] = value
+        return of_site
 
     def with_trainable(self, trainable: dict[str, dict[str, Any]]) -> "Adapter":
         """This adapter with other trainable tensors: what a loss differentiates."""
         return dataclasses.replace(self, trainable=trainable)
+
+
+def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapters of one method on the same sites as one, with an axis of adapters in front of every tensor.
+
+    `bind(…, rows=…)` then gives each row of a batch its own; `jax.vmap` over the stack trains or applies all.
+
+    Raises:
+      ConfigError: their methods, sites or shapes differ, or there are none.
+    """
+    if not adapters:
+        raise ConfigError("there are no adapters to stack")
+    first = adapters[0]
+    alike = [first]
+    for place, other in enumerate(adapters[1:], 1):
+        strange = sorted(site.path for site in set(other.sites) ^ set(first.sites))
+        if strange:
+            raise ConfigError(f"adapters 0 and {place} differ in their sites, as at {strange[0]}; only equals stack")
+        for site in first.sites:
+            mine, theirs = (forward_fields(each.method.for_site(site)) for each in (first, other))
+            names = [name for name in mine if mine[name] != theirs.get(name)]
+            odd = ", ".join(f"{name} {mine[name]!r} and {theirs.get(name)!r}" for name in names)
+            if odd:
+                where = f"in their method at {site.path}"
+                raise ConfigError(f"adapters 0 and {place} differ {where}: {odd}; only equal ones stack")
+        other = dataclasses.replace(other, method=first.method, sites=first.sites)
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, (a.trainable, a.frozen)) for a in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(f"adapters 0 and {place} have tensors of other shapes; only equal ones can be stacked")
+        alike.append(other)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *alike)
+
+
+def forward_fields(method: Any) -> dict[str, Any]:
+    """What of a method's options decides how its tensors are applied, not where it was put or how it was trained."""
+    names = [each.name for each in dataclasses.fields(method) if each.name not in method.aside]
+    return {"method": method.name} | {name: getattr(method, name) for name in names}
 
 
 def is_adapter(node: Any) -> bool:

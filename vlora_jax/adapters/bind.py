@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict, whole_values
+from vlora_jax.adapters.kept import keep
 from vlora_jax.adapters.method import LowRank, Method, site_key
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
 from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view, thin
-from vlora_jax.errors import TargetError
+from vlora_jax.errors import ConfigError, TargetError, expect
 
 
 class Shared:
@@ -27,6 +28,29 @@ class Shared:
 
     def __init__(self, tensors: FactorDict):
         self.tensors = tensors
+
+
+class Rows:
+    """Which of several stacked adapters each row of a batch uses, `(batch,)`; -1 for none."""
+
+    def __init__(self, index: Array):
+        self.index = index
+
+    def of(self, factors: FactorDict) -> FactorDict:
+        """Factors `(adapters, …)` as `(batch, …)`."""
+        return jax.tree.map(lambda leaf: leaf[jnp.maximum(self.index, 0)], factors)
+
+    def apply(self, function: Callable[..., Array], factors: FactorDict, x: Array | Lookup, y: Array) -> Array:
+        """`function(x, y, factors)` of each row with its own factors; x and y are `(batch · length, …)`."""
+        split = lambda a: a.reshape(self.index.shape[0], -1, *a.shape[1:])
+
+        def one(x: Array, y: Array, factors: FactorDict, index: Array) -> Array:
+            change = function(Lookup(x, lookup.dtype) if lookup else x, y, factors)
+            return jnp.where(index >= 0, change, 0).astype(change.dtype)
+
+        lookup = x if isinstance(x, Lookup) else None
+        change = jax.vmap(one)(split(x.ids if isinstance(x, Lookup) else x), split(y), self.of(factors), self.index)
+        return change.reshape(-1, *change.shape[2:])
 
 
 class Adapted(nnx.Module):
@@ -38,6 +62,7 @@ class Adapted(nnx.Module):
         self.methods = tuple(part.method for part in parts)
         self.factors = nnx.data([{k: nnx.Param(v) for k, v in part.factors.items()} for part in parts])
         self.shared = tuple(Shared(part.shared) for part in parts)
+        self.rows = tuple(part.rows for part in parts)
         self.keys = nnx.data([None if part.key is None else nnx.Param(part.key) for part in parts])
 
     def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:  # Flax's own name, for calls by keyword
@@ -58,7 +83,8 @@ class Adapted(nnx.Module):
         view = self._view(x, y)
         changes = [self._change(index, view, products.get(index)) for index in range(len(self.methods))]
         change = functools.reduce(jnp.add, changes)
-        return y + view.restore(change).astype(y.dtype)
+        out = y + view.restore(change).astype(y.dtype)
+        return out if any(method.reads_output for method in self.methods) else keep(out)
 
     def _view(self, x: Array, y: Array) -> View:
         layer = innermost(self)
@@ -75,9 +101,11 @@ class Adapted(nnx.Module):
         factors, kernel = self.part(index), self._kernel()
         if product is not None and isinstance(method, LowRank):
             return method.up(product, view.x, view.y, kernel, factors)
-        x, key = view.x, self.keys[index]
+        x, key, rows = view.x, self.keys[index], self.rows[index]
         if key is not None and not isinstance(x, Lookup):
             x = dropout(x, method.dropout, key.get_value())
+        if rows is not None:
+            return rows.apply(lambda x, y, factors: method.forward(x, y, kernel, factors), factors, x, view.y)
         return method.forward(x, view.y, kernel, factors)
 
     def part(self, index: int) -> FactorDict:
@@ -90,14 +118,32 @@ class Adapted(nnx.Module):
         return together(x, modules)
 
     def attend(self, query: Array) -> Array:
-        """An embedding used as output head. Builds ΔW: `(vocabulary, features)` numbers."""
-        change = self._delta().astype(query.dtype)
-        return self.inner.attend(query) + query @ change.T
+        """An embedding used as output head; where ΔW is no thin product, it is built, `(vocabulary, features)`."""
+        out = self.inner.attend(query)
+        for index in range(len(self.methods)):
+            rows, factors = self.rows[index], self.part(index)
+            if rows is None:
+                out = out + self._attended(index, query, factors)
+            else:
+                flat, bare = query.reshape(-1, query.shape[-1]), out.reshape(-1, out.shape[-1])
+                change = rows.apply(lambda x, _, own: self._attended(index, x, own), factors, flat, bare)  # noqa: B023
+                out = out + change.reshape(out.shape)
+        return out
+
+    def _attended(self, index: int, query: Array, factors: FactorDict) -> Array:
+        """`query @ ΔWᵀ` of one adapter."""
+        thin_factors = self.methods[index].low_rank((self.site.in_dim, self.site.out_dim), factors)
+        if thin_factors is None:
+            return query @ self.methods[index].delta(self._kernel(), factors).astype(query.dtype).T
+        left, right = (each.astype(query.dtype) for each in thin_factors)
+        return (query @ right.T) @ left.T
 
     def _kernel(self) -> Array:
         return self.site.matrix(getattr(self.inner, self.site.leaf).get_value())
 
     def _delta(self) -> Array:
+        if any(rows is not None for rows in self.rows):
+            raise ConfigError(f"{self.site.path}: the model reads its kernel itself, which rows can't have one each of")
         kernel = self._kernel()
         return functools.reduce(jnp.add, (method.delta(kernel, self.part(i)) for i, method in enumerate(self.methods)))
 
@@ -116,12 +162,16 @@ class Adapted(nnx.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter's share of one layer: its method for that site, tensors, and dropout keys or None."""
+    """One adapter's share of one layer: its method for that site, tensors, dropout keys or None, and rows or None.
+
+    With rows, tensors hold several adapters: `(*stack, adapters, …)` and, shared ones, `(adapters, …)`.
+    """
 
     method: Method
     factors: FactorDict
     shared: FactorDict
     key: Array | None = None
+    rows: Rows | None = None
 
 
 def innermost(module: nnx.Module) -> nnx.Module:
@@ -147,7 +197,7 @@ def together(x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
         for module in modules
         if isinstance(module, Adapted)
         for index, method in enumerate(module.methods)
-        if isinstance(method, LowRank) and module.keys[index] is None
+        if isinstance(method, LowRank) and module.keys[index] is None and module.rows[index] is None
     ]
     products: dict[int, dict[int, Array]] = {}
     if len(lows) > 1:
@@ -162,18 +212,33 @@ def together(x: Array, modules: Sequence[Callable]) -> tuple[Array, ...]:
     )
 
 
-def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArray | None = None) -> nnx.Module:
+def bind(
+    graphdef: nnx.GraphDef,
+    base: Tree,
+    *adapters: Adapter,
+    key: PRNGKeyArray | None = None,
+    rows: Int[Array, "batch"] | None = None,
+) -> nnx.Module:
     """A model with adapters attached; call it like the model itself, inside or outside of `jit`.
 
     Args:
       graphdef, base: the model, from `vlora_jax.split`.
       adapters: any number; changes at one site add up.
       key: switches the methods' dropout on; another mask for each site and layer.
+      rows: the adapters come from `stack_adapters`, and each row of the batch uses the one of this index; -1 none.
 
     Raises:
       TargetError: an adapter has a site, or a parameter that it trains whole, that this model does not.
-      ConfigError: two adapters train the same parameter whole.
+      ConfigError: two adapters train the same parameter whole, or rows shall differ in one.
     """
+    call = "bind(graphdef, base, *adapters)"
+    expect(call, "graphdef", graphdef, nnx.GraphDef)
+    for adapter in adapters:
+        expect(call, "each of the adapters", adapter, Adapter)
+    if rows is not None and any(adapter.trainable["full"] for adapter in adapters):
+        whole = next(iter(path for adapter in adapters for path in adapter.trainable["full"]))
+        raise ConfigError(f"rows of a batch can't have a {whole} each; merge the adapters that train it whole")
+    chosen = None if rows is None else Rows(rows)
     leaves = flatten(base)
     model = nnx.merge(graphdef, replace_leaves(base, whole_values(adapters, leaves)), copy=True)  # base stays as it is
     parts: dict[str, list[Part]] = {}
@@ -187,7 +252,11 @@ def bind(graphdef: nnx.GraphDef, base: Tree, *adapters: Adapter, key: PRNGKeyArr
             keys = None
             if key is not None and getattr(method, "dropout", 0.0) > 0:
                 keys = jax.random.split(site_key(jax.random.fold_in(key, index), site.path), site.stack)
-            parts.setdefault(site.path, []).append(Part(method, adapter.factors(site.path), adapter.shared, keys))
+            factors = adapter.factors(site.path)
+            if chosen is not None:
+                behind = functools.partial(jnp.moveaxis, source=0, destination=len(site.stack))
+                factors = jax.tree.map(behind, factors)
+            parts.setdefault(site.path, []).append(Part(method, factors, adapter.shared_at(site.path), keys, chosen))
     return attach(model, {path: (sites[path], parts[path]) for path in parts})
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.method import Factors, SiteMethod
 from vlora_jax.adapters.sites import Site
+from vlora_jax.adapters.view import Lookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Diagonal(SiteMethod):
 
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Float[Array, "tokens out"]:
         d = factors["d"]
-        if hasattr(x, "ids"):  # an embedding lookup: rows of diag(d)
+        if isinstance(x, Lookup):  # an embedding lookup: rows of diag(d)
             return x @ self.delta(kernel, factors).astype(y.dtype)
         change = x[:, : d.size] * d.astype(x.dtype)
         return jnp.pad(change, ((0, 0), (0, y.shape[-1] - d.size)))

@@ -9,7 +9,7 @@ from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site, as_patterns, find_sites, select
 from vlora_jax.adapters.trees import Tree, flatten, matching
-from vlora_jax.errors import ConfigError, TargetError
+from vlora_jax.errors import ConfigError, TargetError, expect
 
 
 def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None = None) -> Adapter:
@@ -17,7 +17,8 @@ def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None
 
     Args:
       method: what to attach and where, `LoRA(rank=16, alpha=32, targets="attention")`.
-      key: `jax.random.key`. Each site draws from a key of its own, so targets don't influence each other.
+      key: `jax.random.key`. Each site draws from a key of its own, so targets don't influence each other
+        but through tensors that sites share.
       base: the model's parameters from `split`; shapes are enough unless the method reads the base's values.
       sites: candidate kernels, if not `find_sites(base)`; Linen models pass `linen.find_sites(…)`.
 
@@ -36,27 +37,26 @@ def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None
     >>> count(adapter)
     14
     """
+    expect("init(method, key, base)", "method", method, Method)
     candidates = find_sites(base) if sites is None else sites
     if sites is None:
         _explain_unmarked(base, candidates)
-    chosen = select(candidates, method.targets, method.exclude)
+    chosen = select(candidates, method.targets, method.exclude) if method.on_sites else []
     adapter = method.init(key, chosen, base)
     full = whole_leaves(method, base, chosen)
     return adapter.with_trainable(adapter.trainable | {"full": full})
 
 
 def whole_leaves(method: Method, base: Tree, sites: list[Site]) -> dict[str, Any]:
-    """The base parameters that `method.full` names, as float32 copies keyed by leaf path."""
+    """The base parameters that a method trains whole, as float32 copies keyed by leaf path."""
     leaves = {path: leaf for path, leaf in flatten(base).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     adapted = {site.leaf_path for site in sites}
-    full = {}
-    for pattern in as_patterns(method.full):
-        hits = matching(pattern, leaves, "full")
-        clash = next((path for path in hits if path in adapted), None)
-        if clash:
-            raise ConfigError(f"{clash} is both adapted and trained whole; exclude it from one of them")
-        full |= {path: leaves[path].astype(jnp.float32) for path in hits}
-    return full
+    hits = [path for pattern in as_patterns(method.full) for path in matching(pattern, leaves, "full")]
+    hits += method.whole(leaves)
+    clash = next((path for path in hits if path in adapted), None)
+    if clash:
+        raise ConfigError(f"{clash} is both adapted and trained whole; exclude it from one of them")
+    return {path: leaves[path].astype(jnp.float32) for path in hits}
 
 
 def _explain_unmarked(base: Tree, candidates: list[Site]) -> None:

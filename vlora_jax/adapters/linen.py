@@ -147,7 +147,7 @@ def apply(
                 stack = tuple(range(len(site.stack)))
                 moved = jnp.moveaxis(value, stack, tuple(site.stack_axis + axis for axis in stack))
                 params[(*_names(site.path), f"{PREFIX}/{index}/{name}")] = moved
-            expected.setdefault(site.path, []).append((index, method, site, adapter.shared))
+            expected.setdefault(site.path, []).append((index, method, site, adapter.shared_at(site.path)))
     called: set[str] = set()
 
     def intercept(next_call: Any, call_args: tuple, call_kwargs: dict, context: Any) -> Any:

@@ -7,8 +7,10 @@ checkpoints, inspection) is written once over this contract.
 import dataclasses
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import jax
@@ -34,8 +36,28 @@ class Factors:
 jax.tree_util.register_dataclass(Factors, ["trainable", "frozen"], [])
 
 
+@dataclass(frozen=True)
+class Slope:
+    """What a train step learns from examples of its batch.
+
+    Attributes:
+      grads: the gradient of their mean loss, like `adapter.trainable`.
+      sums: over these examples: `"loss"`, `"weight"` and others.
+      probe: what the method's probe measured on them, `{path: {name: array}}`.
+    """
+
+    grads: Tree
+    sums: dict[str, Any]
+    probe: dict[str, Any]
+
+
+jax.tree_util.register_dataclass(Slope, ["grads", "sums", "probe"], [])
+
+Gradient = Callable[..., Slope]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(ABC):
     """Hyper-parameters and maths of one method.
 
     Attributes:
@@ -52,7 +74,16 @@ class Method:
     mergeable: ClassVar[bool] = True  # ΔW exists: a function of the kernel and the factors alone
     vertical: ClassVar[bool] = True  # can be the increment of a vertical stack
     adds_up: ClassVar[bool] = False  # a sum of changes is a change of the same form: see sum_factors
+    on_sites: ClassVar[bool] = True  # changes kernels; else it trains what `full` names and nothing else
     verified: ClassVar[str] = ""  # by which independent evidence
+    peft: ClassVar[str] = ""  # the peft_type of its files, where PEFT has it
+    cost: ClassVar[str] = ""  # why a step takes clearly longer than LoRA's, where it does
+    decays: ClassVar[frozenset[str]] = frozenset()  # tensors that weight decay pulls towards zero, where it means none
+    default_rate: ClassVar[float] = 1e-3  # AdamW's learning rate at which its defaults train
+    reads_output: ClassVar[bool] = False  # the gradient needs the layer's own output, which is kept in place of the sum
+    # Options that say where it goes, how it starts and how it trains, but not what its tensors do.
+    aside: ClassVar[frozenset[str]] = frozenset({"targets", "exclude", "full", "dropout", "start"})
+    memory: ClassVar[frozenset[str]] = frozenset()  # frozen tensors of sites that only `advance` reads
 
     targets: Patterns = "all-linear"
     exclude: Patterns | None = None
@@ -69,10 +100,11 @@ class Method:
                 raise ConfigError(f"{self.name}: {each.name} is {value!r}; it must map patterns to values")
             check_type(f"{self.name}: {each.name}", value, each.type)
 
+    @abstractmethod
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         """A new adapter on `sites`; sees all of them at once, for shared tensors and SVD starts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
         """The change of `y` at one site, factored wherever the maths allows: no ΔW is built.
 
@@ -86,7 +118,6 @@ class Method:
           `(tokens, out)`, to be added to `y`. Adapters that are bound together are each given the same `y`,
           so their changes add.
         """
-        raise NotImplementedError
 
     def delta(self, kernel: Array, factors: FactorDict) -> Array:
         """ΔW `(in, out)` of one layer in float32.
@@ -96,11 +127,19 @@ class Method:
         """
         raise ConversionError(f"{self.name} depends on the input and cannot be merged into a kernel")
 
-    def low_rank(self, factors: FactorDict) -> tuple[Array, Array] | None:
+    def low_rank(self, shape: tuple[int, ...], factors: FactorDict) -> tuple[Array, Array] | None:
         """`(left (in, r), right (r, out))` with ΔW = left @ right of one layer, if ΔW is such a product; else None.
 
         Inspection then finds norm and spectrum of a change without building it.
+
+        Args:
+          shape: `(in, out)` of the kernel, which the slices of shared tensors depend on.
+          factors: of one layer, and the shared ones.
         """
+        return None
+
+    def shift(self, factors: FactorDict) -> Array | None:
+        """Change of the layer's bias `(out,)` of one layer, which `forward` contains; None for most methods."""
         return None
 
     def sum_factors(self, factors: FactorDict, weights: Array) -> FactorDict:
@@ -112,9 +151,17 @@ class Method:
         """
         raise ConversionError(f"changes of {self.name} do not add up to one change of the same form")
 
+    def whole(self, leaves: Mapping[str, Any]) -> list[str]:
+        """Which of a base's parameters, by path, it trains whole beside those that `full` names; none for most."""
+        return []
+
     def for_site(self: MethodType, site: Site) -> MethodType:
         """This method with patterns over sites resolved for one of them."""
         return self
+
+    def for_run(self: MethodType, steps: int) -> MethodType:
+        """This method for a run of so many steps: where it has an option `steps` and that is 0, it is filled in."""
+        return dataclasses.replace(self, steps=steps) if getattr(self, "steps", None) == 0 else self
 
     def groups(self, adapter: Adapter) -> Tree:
         """A learning-rate group's name for each leaf of `adapter.trainable`."""
@@ -128,9 +175,51 @@ class Method:
         """An addition to the loss; 0 for most methods."""
         return 0.0
 
+    def allow(self, adapter: Adapter, updates: Tree) -> Tree:
+        """What is added to the tensors of the optimiser's final updates, weight decay among them; all for most methods.
+
+        Args:
+          adapter: before the step.
+        """
+        return updates
+
+    def probe(self, step: Array, adapter: Adapter) -> dict[str, FactorDict]:
+        """Leaves that join a site's factors in training steps only, `{path: {name: array}}`; none for most methods.
+
+        `forward` hands them to `probe.measured`. Their "gradients", summed over the micro-batches and not divided by
+        the weight, are measurements for `advance`; neither the optimiser nor the clipped norm sees them. Like a site's
+        factors they carry its layer axes first.
+
+        The first micro-batch of a step gets these values, the others zeros of their shapes, so that a leaf which is not
+        zero tells the first one.
+        """
+        return {}
+
+    def gradients(self, gradient: Gradient, adapter: Adapter, ids: Array) -> Slope:
+        """What a step hands to the optimiser; for most methods the plain gradient of the mean loss.
+
+        Args:
+          gradient: `(trainable, chosen=None)` to the `Slope` of the step's examples at that point; differentiable.
+            `chosen` weights the examples, in the shape of `ids`, and needs a loss that heeds the batch's `weight`.
+          ids: number of each example in its data set, `(micro-batches, examples)`.
+        """
+        return gradient(adapter.trainable)
+
     def advance(self, step: Array, adapter: Adapter, grads: Tree, opt_state: Tree) -> tuple[Adapter, Tree]:
-        """The method's own rule after an optimiser step; changes nothing for most methods."""
+        """The method's own rule after an optimiser step; changes nothing for most methods.
+
+        Args:
+          step: steps done before this one.
+          adapter: after the step.
+          grads: of this step, the penalty's with them, not clipped. A method with a probe also finds
+            `grads["probe"]`: `{"sites": {path: {name: measured}}, "weight": by which a mean divides}`.
+          opt_state: after the step.
+        """
         return adapter, opt_state
+
+    def exported(self, adapter: Adapter) -> Adapter:
+        """What PEFT's files are written of: an adapter of the same change, as they hold it; itself for most methods."""
+        return adapter
 
     def config(self) -> dict[str, Any]:
         """This method as plain JSON values; `vlora_jax.adapters.registry.from_config` reads it back."""
@@ -145,14 +234,16 @@ class SiteMethod(Method):
 
     reads_base: ClassVar[bool] = False  # init_site needs the kernel's values
 
+    @abstractmethod
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         """Factors of one layer. `kernel` is `(in, out)` if the method reads the base, else None."""
-        raise NotImplementedError
 
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         trainable, frozen = {}, {}
         leaves = flatten(base)
         for site in sites:
+            if self.reads_base and isinstance(leaves[site.leaf_path], jax.ShapeDtypeStruct):
+                raise ConfigError(f"{self.name}: it starts from the values of {site.path}; the base has shapes only")
             kernel = site.read(leaves) if self.reads_base else None
             factors = self.init_stack(site_key(key, site.path), site, kernel)
             trainable[site.path] = factors.trainable
@@ -163,7 +254,18 @@ class SiteMethod(Method):
         """Factors of all layers of a site, each drawn on its own; `kernel` is `(*stack, in, out)` or None."""
         method = self.for_site(site)
         keys = jax.random.split(key, site.stack)
-        return over_stack(lambda key, kernel: method.init_site(key, site, kernel), len(site.stack))(keys, kernel)
+        over = over_stack if kernel is None else one_by_one
+        return over(lambda key, kernel: method.init_site(key, site, kernel), len(site.stack))(keys, kernel)
+
+    def flops(self, site: Site) -> tuple[float, float]:
+        """FLOPs of `forward` for one token and of `delta`, for one layer of a site; an estimate by its numbers.
+
+        A vertical stack chooses by it whether to apply changes as they are or to build them.
+        """
+        kernel = jax.ShapeDtypeStruct((site.in_dim, site.out_dim), "float32") if self.reads_base else None
+        draw = lambda key, kernel: self.init_site(key, site, kernel).trainable
+        numbers = sum(math.prod(leaf.shape) for leaf in jax.eval_shape(draw, jax.random.key(0), kernel).values())
+        return 2.0 * numbers, 2.0 * getattr(self, "rank", 1) * site.in_dim * site.out_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +275,38 @@ class LowRank(SiteMethod):
     Sites that read the same input then share one product, with their `down` matrices side by side.
     """
 
+    @abstractmethod
     def down(self, factors: FactorDict) -> Array:
         """The `(in, r)` matrix that `x` meets first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up(self, xa: Array, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
         """The change of `y`, given `xa = x @ down(factors)`, `(tokens, r)`."""
-        raise NotImplementedError
 
     def forward(self, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
         return self.up(thin(x, self.down(factors)), x, y, kernel, factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(LowRank):
+    """A method whose ΔW is the product of two thin matrices that the factors of a layer give."""
+
+    @abstractmethod
+    def pair(self, factors: FactorDict) -> tuple[Array, Array]:
+        """`(in, r)` and `(r, out)` whose product is ΔW, every scale in the second: there it costs next to nothing."""
+
+    def down(self, factors: FactorDict) -> Array:
+        return self.pair(factors)[0]
+
+    def up(self, xa: Array, x: Any, y: Array, kernel: Array, factors: FactorDict) -> Array:
+        return xa @ self.pair(factors)[1].astype(xa.dtype)
+
+    def delta(self, kernel: Array, factors: FactorDict) -> Array:
+        left, right = self.pair(factors)
+        return left @ right
+
+    def low_rank(self, shape: tuple[int, ...], factors: FactorDict) -> tuple[Array, Array] | None:
+        return self.pair(factors)
 
 
 def is_table(value: Any) -> bool:
@@ -194,6 +318,9 @@ def is_table(value: Any) -> bool:
 
 def check_type(what: str, value: Any, kind: Any) -> None:
     """Raises ConfigError unless a hyper-parameter has the type of its field and is finite."""
+    optional = [each for each in get_args(kind) if each is not type(None)] if isinstance(kind, UnionType) else []
+    if len(optional) == 1 and type(None) in get_args(kind):
+        kind = None if value is None else optional[0]
     if kind is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise ConfigError(f"{what} is {value!r}; it must be a whole number")
     if kind is float and (not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value)):
@@ -208,6 +335,28 @@ def check_type(what: str, value: Any, kind: Any) -> None:
             raise ConfigError(f"{what} is {value!r}; it must be a pattern or a list of patterns")
 
 
+def check_least(what: str, value: float, least: float) -> None:
+    """Raises ConfigError if a hyper-parameter is below the least that makes sense."""
+    if value < least:
+        raise ConfigError(f"{what} is {value}; it must be at least {least}")
+
+
+def check_rank(name: str, rank: int, site: Site, has_table: bool = False) -> None:
+    """Raises ConfigError if a rank is above the smaller side of a site's kernel."""
+    smaller = min(site.in_dim, site.out_dim)
+    if rank > smaller:
+        raise ConfigError(
+            f"{name}: rank {rank} is above the smaller side, {smaller}, of {site.path} {site.shape}; "
+            f"lower it{' there with rank_pattern' if has_table else ''}, or exclude the site"
+        )
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    """Raises ConfigError unless a dropout is a share of what it drops from."""
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"{name}: dropout is {dropout}; it must be at least 0 and below 1")
+
+
 def site_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """A key of its own for each path, so that a further target leaves the other draws as they were."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -218,6 +367,20 @@ def over_stack(function: Callable, dims: int) -> Callable:
     for _ in range(dims):
         function = jax.vmap(function)
     return function
+
+
+def one_by_one(function: Callable, dims: int) -> Callable:
+    """`over_stack` with one layer in memory at a time: SVDs need several times the memory of what they factorise."""
+    if not dims:
+        return function
+
+    def mapped(*arguments: Any) -> Any:
+        stack = jax.tree.leaves(arguments)[0].shape[:dims]
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[dims:]), arguments)
+        out = jax.lax.map(lambda each: function(*each), flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), out)
+
+    return mapped
 
 
 def by_pattern(name: str, patterns: tuple[tuple[str, Any], ...], site: Site, default: Any) -> Any:
@@ -246,3 +409,9 @@ def check_patterns(name: str, patterns: tuple[tuple[str, Any], ...], sites: list
             select(sites, pattern)
         except TargetError as error:
             raise TargetError(f"{name}: {error}") from None
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raises ConfigError if a rule that follows the run's length does not know it."""
+    if not steps:
+        raise ConfigError(f"{name}: steps is 0 and no run has filled it in; give the number of steps of the training")

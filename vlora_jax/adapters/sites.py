@@ -26,6 +26,7 @@ MLP = re.compile(
 )
 HEAD = re.compile(r"(^|/)([^/]*_head|head|classifier|logits|score)$", re.IGNORECASE)
 LEAVES = ("kernel", "embedding")
+NUMBERED = re.compile(r"((?:^|/)(?:[^/]*_)?)(\d+)(?=/)")  # `layers/3/`, `block_3/`
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,33 @@ def _hits(pattern: str, sites: list[Site], what: str) -> list[Site]:
         "mlp": [site for site in linear if MLP.search(site.path) and not ATTENTION.search(site.path)],
         "all-linear": [site for site in linear if not HEAD.search(site.path)],
     }
+    presets["embeddings"] = [site for site in sites if site.kind == "embed"]
     if presets.get(pattern):
         return presets[pattern]
     others = [name for name, hits in presets.items() if hits]
     hits = set(matching(pattern, [site.path for site in sites], what, others))
     return [site for site in sites if site.path in hits]
+
+
+def role(path: str) -> str:
+    """What a module is in whichever layer: its path without the number of the first numbered module above it.
+
+    Modules of one role are the same part of layers that are not stacked; stacked layers have one path anyway.
+
+    >>> role("layers/3/attn/q"), role("block_3/experts/0/up"), role("layers/attn/q"), role("mlp/0")
+    ('layers/*/attn/q', 'block_*/experts/0/up', 'layers/attn/q', 'mlp/0')
+    """
+    return NUMBERED.sub(r"\1*", path, count=1)
+
+
+def layer_number(path: str) -> int:
+    """The number that `role` leaves out; 0 without one.
+
+    >>> layer_number("layers/3/attn/q"), layer_number("mlp/0")
+    (3, 0)
+    """
+    found = NUMBERED.search(path)
+    return int(found[2]) if found else 0
 
 
 def as_patterns(patterns: Patterns | None) -> tuple[str, ...]:
@@ -227,9 +250,9 @@ def select(sites: Iterable[Site], targets: Patterns, exclude: Patterns | None = 
 
     Args:
       sites: from `find_sites`.
-      targets: a preset (`"attention"`, `"mlp"`, `"all-linear"`), a regular expression, or several of them. An
-        expression must match one or more whole components of the path: `"q|v"` selects `layers/attn/q`, `"attn"`
-        everything below `attn`, `"layers/block/.*"` all of the stack.
+      targets: a preset (`"attention"`, `"mlp"`, `"all-linear"`, `"embeddings"`), a regular expression, or several of
+        them. An expression must match one or more whole components of the path: `"q|v"` selects `layers/attn/q`,
+        `"attn"` everything below `attn`, `"layers/block/.*"` all of the stack.
       exclude: the same, for what to leave out.
 
     Raises:

@@ -1,7 +1,7 @@
 """Pytrees by path: one flat `{"a/b/kernel": leaf}` view of any parameter tree, and back."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -88,3 +88,18 @@ def matching(pattern: str, paths: Iterable[str], what: str, names: Iterable[str]
             f"{what} {pattern!r} matches nothing; nearest: {', '.join(nearest(pattern, [*paths, *names])) or 'none'}"
         )
     return hits
+
+
+def map_alike(function: Callable[..., Any], tree: Tree, template: Tree, *others: Tree) -> Tree:
+    """`tree` with `function(leaf, like, *others)` in each subtree built like `template`: an optimiser's moments.
+
+    Args:
+      function: of a leaf, the one of `template` in the same place, and those of `others`.
+
+    >>> map_alike(lambda leaf, like: leaf * like, (3, {"w": 2}), {"w": 5})
+    (3, {'w': 10})
+    """
+    structure = jax.tree.structure(template)
+    alike = lambda node: jax.tree.structure(node) == structure
+    change = lambda node: jax.tree.map(function, node, template, *others) if alike(node) else node
+    return jax.tree.map(change, tree, is_leaf=alike)
