@@ -11,6 +11,7 @@ from vlora_jax.inspection.hlo import dot_flops
 
 W = jax.ShapeDtypeStruct((4, 6, 6), jnp.float32)
 X = jax.ShapeDtypeStruct((5, 6), jnp.float32)
+N = jax.ShapeDtypeStruct((), jnp.int32)
 PRODUCT = 2 * 5 * 6 * 6
 
 
@@ -53,7 +54,13 @@ def test_rematerialised_layers_count_twice_forward():
 
 
 def test_a_loop_of_unknown_length_is_an_error():
+    square = jax.ShapeDtypeStruct((6, 6), jnp.float32)
+    text = text_of(lambda n, x: jax.lax.fori_loop(0, n, lambda _, h: jnp.sin(h @ h), x), N, square)
+    with pytest.raises(ResourceError, match="its trip count is not to be read from this program"):
+        dot_flops(text)
+
+
+def test_without_the_compilers_note_a_scan_is_counted_by_its_condition():
     text = text_of(layers, W, X)
     assert "known_trip_count" in text
-    with pytest.raises(ResourceError, match="no known trip count"):
-        dot_flops(re.sub(r'"known_trip_count":\{[^}]*\},?', "", text))
+    assert dot_flops(re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)) == dot_flops(text) == 4 * PRODUCT

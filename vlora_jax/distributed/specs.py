@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax.adapters.adapter import Adapter
@@ -22,7 +22,7 @@ from vlora_jax.distributed.mesh import BATCH_AXES
 CLOSING = re.compile(r"(^|/)(o|down|out|proj|fc2|wo|(o|down|out)_proj)$")
 
 
-def fit(size: int, axis: str | None, mesh: Mesh) -> str | None:
+def fit(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
     """`axis` if it divides `size`, else None: that dimension is replicated."""
     return axis if axis is not None and size % mesh.shape[axis] == 0 else None
 
@@ -33,7 +33,7 @@ def site_axes(site: Site) -> tuple[str, str]:
     return ("tensor", "fsdp") if closing else ("fsdp", "tensor")
 
 
-def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh) -> P:
+def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Spec of a stored kernel: the first input and the first output axis are split."""
     stack = len(shape) - len(site.shape)
     parts: list[str | None] = [None] * len(shape)
@@ -42,7 +42,22 @@ def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*parts)
 
 
-def base_specs(base: Tree, mesh: Mesh) -> Tree:
+def undivided(base: Tree, mesh: Mesh | AbstractMesh) -> list[str]:
+    """What is replicated along a mesh axis because it does not divide: a line for each such axis."""
+    found: dict[str, list[str]] = {}
+    shapes = {path: leaf.shape for path, leaf in flatten(base).items()}
+    for site in find_sites(base):
+        shape = shapes[site.leaf_path][-len(site.shape) :]
+        for axis, name in zip((site.inputs[0], site.outputs[0]), site_axes(site), strict=True):
+            if fit(shape[axis], name, mesh) is None:
+                found.setdefault(name, []).append(f"{site.leaf_path} ({shape[axis]})")
+    return [
+        f"{', '.join(kernels)}: not divisible by mesh.{name} {mesh.shape[name]}, replicated along it"
+        for name, kernels in found.items()
+    ]
+
+
+def base_specs(base: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Specs for a model's parameters; what is no kernel is replicated."""
     sites = {site.leaf_path: site for site in find_sites(base)}
     flat = {
@@ -52,7 +67,7 @@ def base_specs(base: Tree, mesh: Mesh) -> Tree:
     return unflatten(base, flat)
 
 
-def adapter_specs(adapter: Adapter, mesh: Mesh) -> Adapter:
+def adapter_specs(adapter: Adapter, mesh: Mesh | AbstractMesh) -> Adapter:
     """Specs for an adapter, in an adapter's form.
 
     A site's tensor whose last axis is the kernel's outputs, or whose last but one is its inputs, follows it there.
@@ -91,7 +106,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
-def bytes_per_device(tree: Tree, specs: Tree, mesh: Mesh) -> int:
+def bytes_per_device(tree: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of a tree on one device."""
     total = 0
     for leaf, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs, is_leaf=is_spec), strict=True):

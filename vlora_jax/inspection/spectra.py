@@ -98,7 +98,8 @@ def adapter_spectra(base: Tree | None, adapter: Adapter) -> dict[str, Spectrum]:
             raise BaseMismatchError(f"the adapter changes {site.leaf_path}; nearest parameters of this base: {near}")
         kernel = None if leaves is None else site.read(leaves)
         method = adapter.method.for_site(site)
-        values, norm = _change(method, len(site.stack), kernel, adapter.factors(site.path), adapter.shared)
+        shape, own, shared = (site.in_dim, site.out_dim), adapter.factors(site.path), adapter.shared_at(site.path)
+        values, norm = _change(method, site.stack, shape, kernel, own, shared)
         if values is not None:
             layers = tuple(range(site.layers)) if site.stack else (None,)
             spectra[site.path] = _spectrum(values, norm, layers)
@@ -167,17 +168,25 @@ def vertical_targets(graphdef: nnx.GraphDef, params: Tree) -> Iterator[VerticalT
                 yield VerticalTarget(full_path, vertical, site, module.layers, kernel, tensors)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "dims"))
-def _change(method: Method, dims: int, kernel: Array | None, factors: FactorDict, shared: FactorDict) -> tuple:
+@functools.partial(jax.jit, static_argnames=("method", "stack", "shape"))
+def _change(
+    method: Method,
+    stack: tuple[int, ...],
+    shape: tuple[int, ...],
+    kernel: Array | None,
+    factors: FactorDict,
+    shared: FactorDict,
+) -> tuple:
     """Singular values `(*stack, k)` or None, and the kernel's norm `(*stack,)` or None."""
 
-    def one(kernel: Array | None, factors: FactorDict) -> Array | None:
-        factored = method.low_rank(factors | shared)
+    def one(_: Array, kernel: Array | None, factors: FactorDict) -> Array | None:
+        factored = method.low_rank(shape, factors | shared)
         if factored is not None:
             return product_values(*factored)
         return None if kernel is None else _dense_values(method.delta(kernel.astype(jnp.float32), factors | shared))
 
-    return over_stack(one, dims)(kernel, factors), None if kernel is None else _norm(kernel)
+    layers = jnp.zeros(stack)  # all that has a layer axis, where neither kernel nor tensors of its own do
+    return over_stack(one, len(stack))(layers, kernel, factors), None if kernel is None else _norm(kernel)
 
 
 @functools.partial(jax.jit, static_argnames=("vertical", "methods"))
@@ -186,7 +195,7 @@ def _increments(vertical: Vertical, methods: tuple[Method, ...], kernels: Array,
 
     def one(kernel: Array, tensors: Sequence[FactorDict], index: Array) -> Array:
         if len(methods) == 1 and (vertical.structure == "star" or methods[0].adds_up):
-            factored = methods[0].low_rank(factors_of(vertical, methods[0], tensors[0], index))
+            factored = methods[0].low_rank(kernel.shape, factors_of(vertical, methods[0], tensors[0], index))
             if factored is not None:
                 return product_values(*factored)
         kernel = kernel.astype(jnp.float32)

@@ -35,7 +35,7 @@ class ChangeRow:
     Attributes:
       path: the kernel's module, or the parameter itself where `method` is `"full"` or `"shared"`.
       layer: its number in the stack; None for all layers together.
-      method: name of the method; `"full"` for a parameter trained whole, `"shared"` for a tensor of all sites.
+      method: name of the method; `"full"` for a parameter trained whole, `"shared"` for a tensor of several sites.
       shapes: of the method's tensors by name, layer axes first.
       numbers: how many numbers train.
       norm: ‖ΔW‖, Frobenius, over all layers of the row; None if ΔW is not known.
