@@ -1,0 +1,1 @@
+"""Many runs: comparisons of methods over tasks and seeds."""
