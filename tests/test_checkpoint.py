@@ -17,11 +17,11 @@ def trees(step: int) -> dict:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Steps 10 … 50, scores best at 20."""
+    """Steps 10 … 50, the best at 20."""
     told: list[str] = []
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, notify=told.append)
-    for step, score in ((10, 0.1), (20, 0.9), (30, 0.5), (40, None), (50, 0.6)):
-        checkpoints.save(step, trees(step), {"note": step}, score)
+    for step in (10, 20, 30, 40, 50):
+        checkpoints.save(step, trees(step), {"note": step}, best=step in (10, 20))
     checkpoints.wait()
     yield checkpoints, tmp_path, told
     checkpoints.close()
@@ -63,7 +63,7 @@ def test_a_damaged_newest_checkpoint_is_put_aside_and_the_one_before_used(saved,
     assert data.name in told[0]
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.read(directory, 50)
-    checkpoints.save(50, trees(7), {"note": 7}, None)  # the step can be saved again
+    checkpoints.save(50, trees(7), {"note": 7})  # the step can be saved again
     checkpoints.wait()
     assert checkpoint.metadata(directory, 50)["note"] == 7
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from vlora_jax.adapters.trees import Tree, flatten, unflatten
+from vlora_jax.distributed import processes
 from vlora_jax.errors import CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+Where = Mapping[str, Mapping[str, jax.sharding.Sharding]]
 
 
 @dataclass(frozen=True)
@@ -41,31 +43,20 @@ class Checkpoints:
 
     Args:
       directory: where steps are kept, one directory each.
-      keep: newest steps that stay; the best one by score stays as well.
-      higher_is_better: how scores compare.
+      keep: newest steps that stay; the last one saved as the best stays as well.
       notify: told, in a line each, which steps are left aside because they are not whole.
 
     Raises:
       ResourceError: the directory cannot be written.
     """
 
-    def __init__(
-        self, directory: Path, keep: int = 2, higher_is_better: bool = True, notify: Callable[[str], None] = print
-    ):
+    def __init__(self, directory: Path, keep: int = 2, notify: Callable[[str], None] = print):
         self.directory, self._notify = directory.absolute(), notify
         make_directory(self.directory)
-        unfinished = [step for step in self.steps() if not (self.directory / str(step) / MANIFEST).exists()]
-        if len(unfinished) > 1 and unfinished == self.steps():  # no kill leaves that: something else happened to them
-            raise CheckpointError(
-                f"{self.directory}: checkpoints {unfinished} have lost their {MANIFEST}; put it back or move them away"
-            )
-        for step in unfinished:
-            self._put_aside(step, "unfinished")
-            notify(f"checkpoint {step} was not finished: moved to {step}.unfinished")
+        processes.decided("checkpoints", self._tidy)
         policies: Any = ocp.training.preservation_policies
-        sign = 1.0 if higher_is_better else -1.0
         best = policies.BestN(
-            get_metric_fn=lambda metrics: sign * metrics["score"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
         )
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._orbax = ocp.training.Checkpointer(
@@ -77,17 +68,27 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
 
+    def _tidy(self) -> None:
+        unfinished = [step for step in self.steps() if not (self.directory / str(step) / MANIFEST).exists()]
+        if len(unfinished) > 1 and unfinished == self.steps():  # no kill leaves that: something else happened to them
+            raise CheckpointError(
+                f"{self.directory}: checkpoints {unfinished} have lost their {MANIFEST}; put it back or move them away"
+            )
+        for step in unfinished:
+            self._put_aside(step, "unfinished")
+            self._notify(f"checkpoint {step} was not finished: moved to {step}.unfinished")
+
     def steps(self) -> list[int]:
         """Steps on disk, oldest first, whole or not."""
         return sorted(int(path.name) for path in self.directory.iterdir() if path.is_dir() and path.name.isdigit())
 
-    def save(self, step: int, trees: dict[str, Tree], metadata: dict[str, Any], score: float | None) -> None:
+    def save(self, step: int, trees: dict[str, Tree], metadata: dict[str, Any], best: bool = False) -> None:
         """Start saving a step in the background.
 
         Args:
           trees: by name.
           metadata: JSON values.
-          score: of the newest evaluation at this very step; None if there was none.
+          best: it is better than all before it, so that it stays until another is.
 
         Raises:
           ResourceError: the disk is full, or an earlier save failed.
@@ -101,7 +102,7 @@ class Checkpoints:
             response = self._orbax.save_checkpointables_async(
                 step,
                 {name: tree for name, tree in flat.items() if tree},
-                metrics=None if score is None else {"score": score},
+                metrics={"score": step} if best else None,
                 custom_metadata=about,
                 force=True,
             )
@@ -113,7 +114,8 @@ class Checkpoints:
 
         def finish() -> None:
             response.result()
-            write_manifest(self.directory / str(step))
+            if processes.is_writer():
+                write_manifest(self.directory / str(step))
 
         self._pending = self._background.submit(finish)
 
@@ -142,6 +144,12 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, but none is whole.
         """
+        newest = processes.decided("newest checkpoint", self._newest_whole)
+        if newest is not None:
+            self._orbax.reload()
+        return newest
+
+    def _newest_whole(self) -> int | None:
         faults = {}
         for step in reversed(self.steps()):
             fault = fault_of(self.directory / str(step))
@@ -149,7 +157,6 @@ class Checkpoints:
                 for damaged, why in faults.items():
                     self._put_aside(damaged, "damaged")
                     self._notify(f"checkpoint {damaged} is damaged ({why}): moved to {damaged}.damaged, using {step}")
-                self._orbax.reload()
                 return step
             faults[step] = fault
         if faults:
@@ -191,25 +198,42 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
-def read(directory: Path, step: int, names: tuple[str, ...] = ()) -> Saved:
-    """A checkpoint's trees as flat dictionaries of host arrays.
+def read(directory: Path, step: int, names: tuple[str, ...] = (), where: Where | None = None) -> Saved:
+    """A checkpoint's trees as flat dictionaries of arrays.
 
     Args:
       directory: of all checkpoints of a run.
       names: of the trees to read; all of them if empty.
+      where: shardings by tree and path; of what is not there, and without it, all is read to one device. Several
+        processes need it, and then read what their devices hold.
 
     Raises:
       CheckpointError: it is missing or damaged.
     """
     about, values = _about(directory, step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = where or {}
     wanted = {
-        name: {key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for key, leaf in tree.items()}
+        name: {
+            key: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=fitting(where.get(name, {}).get(key), leaf.shape, device)
+            )
+            for key, leaf in tree.items()
+        }
         for name, tree in about.metadata.items()
         if name in names or not names
     }
     trees = ocp.load_checkpointables(str(directory.absolute() / str(step)), wanted)
     return Saved(step, trees | {name: {} for name in values["empty"]}, values)
+
+
+def fitting(sharding: Any, shape: tuple[int, ...], otherwise: Any) -> Any:
+    """A sharding if it can be that of a shape: what was saved may be something else than what belongs there."""
+    try:
+        sharding.shard_shape(shape)
+    except (AttributeError, ValueError):
+        return otherwise
+    return sharding
 
 
 def metadata(directory: Path, step: int) -> dict[str, Any]:
@@ -223,7 +247,7 @@ def metadata(directory: Path, step: int) -> dict[str, Any]:
 
 def _about(directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
     path = directory.absolute() / str(step)
-    fault = fault_of(path)
+    fault = processes.decided("whole checkpoint", lambda: fault_of(path))
     if fault is not None:
         raise CheckpointError(f"checkpoint {path} is not usable: {fault}")
     about = ocp.checkpointables_metadata(str(path))
@@ -247,10 +271,17 @@ def restore(template: Tree, flat: dict[str, Any], what: str) -> Tree:
             raise CheckpointError(
                 f"{what}: {path} is {leaf.dtype}{list(leaf.shape)}, expected {like.dtype}{list(like.shape)}"
             )
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not all_finite(leaf):
             raise CheckpointError(f"{what}: {path} has values that are not finite")
     place = lambda leaf, like: jax.device_put(leaf, like.sharding) if like.sharding is not None else leaf
     return jax.tree.map(place, tree, template)
+
+
+def all_finite(leaf: Any) -> bool:
+    """Whether an array holds neither NaN nor infinity."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return bool(np.isfinite(np.asarray(leaf)).all())
+    return bool(jax.jit(lambda leaf: jnp.isfinite(leaf).all())(leaf))
 
 
 def write_manifest(step_directory: Path) -> None:

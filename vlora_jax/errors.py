@@ -39,6 +39,14 @@ class CheckpointError(VloraError):
     """A checkpoint that is missing, torn, or holds other names, shapes, dtypes or values than expected."""
 
 
+class AdapterFileError(VloraError):
+    """A file of an adapter that is damaged, incomplete, or has other keys, shapes or values than it says."""
+
+
+class ModelFileError(VloraError):
+    """A model's files that are missing, damaged, unsafe, or hold other tensors than its config asks for."""
+
+
 class BaseMismatchError(VloraError):
     """An adapter that was trained on another base model."""
 
@@ -53,6 +61,12 @@ class ConversionError(VloraError):
 
 class ResourceError(VloraError):
     """Too little memory or disk, or a directory that cannot be written."""
+
+
+class ProcessError(VloraError):
+    """A process of a run with several that does not answer."""
+
+    exit_code = 75  # started again, it may
 
 
 class NonFiniteError(VloraError):
@@ -73,3 +87,13 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
         return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
 
     return sorted(sorted(choices), key=likeness, reverse=True)[:count]
+
+
+def expect(call: str, name: str, value: object, kind: type) -> None:
+    """Raises TypeError, with the call as it should be, if an argument is of another kind: most are swapped ones."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{call}: {name} must be {article(kind.__name__)}, not {article(type(value).__name__)}")
+
+
+def article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "AEIOUaeiou" else f"a {noun}"

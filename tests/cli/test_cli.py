@@ -10,23 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import call
 from test_loop import TINY
 
 from vlora_jax.adapters.registry import METHODS
-from vlora_jax.cli.main import run
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.runs import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "GLIBC_TUNABLES": ""}
-
-
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one call."""
-    with pytest.raises(SystemExit) as ended:
-        run(arguments)
-    out, error = capsys.readouterr()
-    return ended.value.code or 0, out, error
 
 
 ADAPTER = ["adapter.method=lora"]
@@ -116,7 +108,7 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
     assert "pip install 'optax" in out
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_exits_with_75_and_the_same_command_continues(kind, tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = [*TINY, f"run_dir={run_dir}", "steps=4000", "evaluate.every=4000", "log.tensorboard=true"]
@@ -136,6 +128,7 @@ def test_a_signal_saves_exits_with_75_and_the_same_command_continues(kind, tmp_p
     assert (run_dir / METRICS).exists()
 
 
+@pytest.mark.slow
 def test_inspect_and_merge_of_a_run(tmp_path, capsys):
     run_dir = tmp_path / "run"
     assert call(capsys, "train", *TINY, f"run_dir={run_dir}", "steps=1", "evaluate.every=1")[0] == 0

@@ -54,8 +54,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(override, message):
         ("optimizer.groups.digits=-1", "optimizer.groups.digits: Input should be greater than 0 (it is -1)"),
         ("optimizer.name=adam", "optimizer.name: Input should be 'adamw', 'lion', 'sgd' or 'adafactor' (it is 'adam')"),
         ("checkpoint.keep=1", "checkpoint.keep: Input should be greater than or equal to 2 (it is 1)"),
-        ("model.family=vti", "model.family: 'vti' is none of 'vit', 'decoder'"),
-        ("data.name=digit", "data.name: 'digit' is none of 'digits', 'pystdlib'"),
+        ("model.family=vti", "model.family: 'vti' is none of 'vit', 'decoder', 'encoder', 'seq2seq', 'pretrained'"),
+        ("data.name=digit", "data.name: 'digit' is none of 'digits', 'pystdlib', 'dataset'"),
         ("data={batch: 3}", "data needs a name"),
         ("adapter.rank=0", "adapter: lora: rank is 0; it must be at least 1"),
         ("adapter.alpha=.nan", "adapter: lora: alpha is nan; it must be a finite number"),
@@ -130,6 +130,16 @@ def test_another_optimiser_keeps_its_rate_and_schedule(tmp_path):
     optimizer = load_config(path, ["optimizer.name=lion", "optimizer.groups.head=0.5"]).optimizer
     assert (optimizer.name, optimizer.rate, optimizer.schedule) == ("lion", 1e-4, "linear")
     assert optimizer.groups == {"name": 2.0, "head": 0.5}
+
+
+def test_an_open_rate_is_that_of_what_is_trained():
+    """And is stored as a number, so that a run goes on with it whatever becomes of the defaults."""
+    rate_and_decay = lambda *overrides: [
+        load_config(None, overrides).plain()["optimizer"][k] for k in ("rate", "decay")
+    ]
+    assert rate_and_decay() == [3e-3, 0.3]
+    assert rate_and_decay("adapter.method=vera") == [vj.VeRA.default_rate, 0.0]
+    assert rate_and_decay("adapter.method=vera", "optimizer.rate=1e-4", "optimizer.decay=0.1") == [1e-4, 0.1]
 
 
 def test_plain_values_are_the_whole_config(tmp_path):

@@ -110,6 +110,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(finished):
         quiet(config(run, "optimizer.rate=0.5", "seed=1"))
 
 
+@pytest.mark.slow
 def test_what_does_not_change_the_result_may_change(finished, tmp_path):
     run, *_ = finished
     other = tmp_path / "run"
@@ -125,11 +126,13 @@ def test_a_directory_with_something_else_is_refused(tmp_path):
         quiet(config(tmp_path))
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_before_the_config_is_no_obstacle(tmp_path):
     (tmp_path / ".config.yaml.4242").touch()
     assert quiet(config(tmp_path, "steps=1"))[0].step == 1
 
 
+@pytest.mark.slow
 def test_the_best_step_stays_on_disk_also_after_ties(tmp_path):
     run = tmp_path / "run"
     tied = ["optimizer.rate=1e-30", "evaluate.every=1", "checkpoint.every=1", "steps=6"]
@@ -138,6 +141,18 @@ def test_the_best_step_stays_on_disk_also_after_ties(tmp_path):
     assert read_run(run).step == 1
 
 
+@pytest.mark.slow
+def test_of_equally_accurate_steps_the_lower_loss_is_the_best(tmp_path):
+    run = tmp_path / "run"
+    result, _ = quiet(config(run, "optimizer.rate=1e-7", "evaluate.every=1", "checkpoint.every=1", "steps=6"))
+    marks = {record["step"]: record for record in read_metrics(run) if record["kind"] == "held_out"}
+    assert len({mark["accuracy"] for mark in marks.values()}) == 1
+    best = min(marks, key=lambda step: marks[step]["loss"])
+    assert best > 1
+    assert (result.progress.best["step"], read_run(run).step) == (best, best)
+
+
+@pytest.mark.slow
 def test_an_adapter_keeps_the_step_it_was_trained_on(tmp_path):
     base, run = tmp_path / "base", tmp_path / "lora"
     constant = ["optimizer.schedule=constant", "optimizer.warmup=0", "evaluate.metric=loss"]
@@ -154,6 +169,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         quiet(config(tmp_path))
 
 
+@pytest.mark.slow
 def test_data_that_changed_is_refused(finished, tmp_path, monkeypatch):
     import dataclasses
 
@@ -167,6 +183,7 @@ def test_data_that_changed_is_refused(finished, tmp_path, monkeypatch):
         quiet(config(other))
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_if_nothing_done_depended_on_its_length(tmp_path):
     constant = ["optimizer.schedule=constant", "optimizer.warmup=0", "evaluate.every=100"]
     quiet(config(tmp_path / "run", *constant, "steps=3"))
@@ -174,6 +191,7 @@ def test_a_finished_run_goes_on_if_nothing_done_depended_on_its_length(tmp_path)
     assert (result.step, "continuing" in shown) == (4, True)
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_at_the_patience(tmp_path):
     overrides = ["optimizer.rate=1e-30", "evaluate.patience=1", "evaluate.every=2", "steps=50"]
     result, shown = quiet(config(tmp_path / "run", *overrides))
@@ -239,6 +257,7 @@ def _held_out_loss(run) -> float:
     return next(r["loss"] for r in read_metrics(run) if r["kind"] == "held_out" and r["step"] == best)
 
 
+@pytest.mark.slow
 def test_merged_parameters_compute_what_the_bound_adapter_computes(adapted, tmp_path):
     _, run, *_ = adapted
     written = write_ordinary(read_run(run), tmp_path / "merged")
@@ -253,6 +272,7 @@ def test_merged_parameters_compute_what_the_bound_adapter_computes(adapted, tmp_
         quiet(read_run(tmp_path / "merged").config)
 
 
+@pytest.mark.slow
 def test_an_adapter_stands_on_the_base_it_was_trained_on_only(adapted, tmp_path):
     base, *_ = adapted
     other, run = tmp_path / "other", tmp_path / "lora"

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from programs import equations
 
 import vlora_jax as vj
+from vlora_jax.distributed.mesh import make_mesh
+from vlora_jax.inspection.hlo import collectives
 from vlora_jax.models.decoder import Decoder, DecoderConfig
 from vlora_jax.training.loss import CHUNK, chunked_cross_entropy, classification, next_token
 
@@ -121,3 +125,51 @@ def test_the_logits_of_all_tokens_never_exist_at_once():
 
     assert most_rows(next_token) == CHUNK < rows * length
     assert most_rows(whole) == rows * length
+
+
+def test_over_devices_a_chunk_gathers_the_head_and_never_logits():
+    """Chunks are so many tokens of each device, so that a head that is split is gathered a few times only."""
+    mesh, (batch, length, width, vocabulary) = make_mesh(1, 8, 1), (8, 64, 16, 96)
+    place = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+    hidden = place((batch, length, width), jnp.float32, "fsdp")
+    kernel = place((width, vocabulary), jnp.float32, "fsdp")
+    targets = place((batch, length), jnp.int32, "fsdp")
+
+    def loss(hidden, kernel, targets):
+        return chunked_cross_entropy(lambda h: h @ kernel, hidden, targets, jnp.ones(targets.shape), chunk=16)["loss"]
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(hidden, kernel, targets).compile().as_text()
+    gathers = collectives(text)["all-gather"]
+    chunks, head = 4, 4 * width * vocabulary  # 16 tokens of each device at a time
+    assert gathers["count"] <= 2 * chunks
+    assert gathers["bytes"] <= 2 * chunks * head
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)])
+def test_a_mesh_changes_neither_sums_nor_gradients(sizes):
+    """With three split axes and no constraint, XLA's partitioner gives half of the states another gradient."""
+    rng = np.random.default_rng(1)
+    batch, length, width, vocabulary = 8, 12, 16, 24
+    hidden = rng.normal(size=(batch, length, width)).astype(np.float32)
+    kernel = rng.normal(size=(width, vocabulary)).astype(np.float32)
+    mix = rng.normal(size=(width, width)).astype(np.float32)
+    targets = rng.integers(0, vocabulary, (batch, length)).astype(np.int32)
+
+    def loss(hidden, mix, kernel, targets, chunk):
+        h = jnp.tanh((hidden.reshape(-1, width) @ mix).reshape(hidden.shape))
+        sums = chunked_cross_entropy(lambda h: h @ kernel, h, targets, jnp.ones(targets.shape), chunk)
+        return sums["loss"]
+
+    slope = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    expected = slope(*map(jnp.asarray, (hidden, mix, kernel, targets)), 1000)
+    mesh = make_mesh(*sizes)
+    specs = (P(("data", "fsdp")), P("fsdp", "tensor"), P("fsdp", "tensor"), P(("data", "fsdp")))
+    placed = [
+        jax.device_put(each, NamedSharding(mesh, spec))
+        for each, spec in zip((hidden, mix, kernel, targets), specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        found = jax.jit(slope, static_argnums=4)(*placed, 4)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

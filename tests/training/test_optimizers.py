@@ -113,13 +113,26 @@ def test_biases_and_norm_scales_do_not_decay(base):
     adapter = jax.eval_shape(
         lambda base: vj.init(vj.LoRA(rank=2, full=["head", "norm"]), jax.random.key(0), base), base
     )
-    for tree, spared in ((base, 14), (adapter.trainable, 3)):
-        mask = flatten(decayed(tree))
+    for tree, of, spared in ((base, None, 14), (adapter.trainable, adapter, 3)):
+        mask = flatten(decayed(tree, of))
         assert mask.keys() == flatten(tree).keys()
         kept = [path for path, decays in mask.items() if not decays]
         assert len(kept) == spared
         assert {path.split("/")[-1] for path in kept} == {"bias", "scale"}
         assert not {"bias", "scale"} & {path.split("/")[-1] for path in mask if path not in kept}
+
+
+def test_decay_takes_no_adapter_from_where_it_changes_nothing():
+    """A scale that starts at 1, and a start in the kernel, stay where they are without a gradient; LoRA's A shrinks."""
+    base = vj.split(nnx.Linear(6, 6, rngs=nnx.Rngs(0)))[1]
+    shrinking = {}
+    for method in (vj.LoRA(rank=2), vj.IA3(), vj.DoRA(rank=2), vj.PiSSA(rank=2), vj.VeRA(rank=2), vj.DeLoRA(rank=2)):
+        adapter = vj.init(method, jax.random.key(0), base)
+        zero = jax.tree.map(np.zeros_like, adapter.trainable)
+        (found,) = updated(PLAIN | {"decay": 0.5}, [zero], adapter.trainable, adapter)
+        after, before = flatten(found), flatten(adapter.trainable)
+        shrinking[method.name] = {path.rsplit("/", 1)[-1] for path in after if (after[path] != before[path]).any()}
+    assert shrinking == {"lora": {"a"}, "ia3": set(), "dora": {"a"}, "pissa": set(), "vera": set(), "delora": set()}
 
 
 def ones(shapes):

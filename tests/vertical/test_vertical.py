@@ -13,7 +13,6 @@ from flax import nnx
 from tiny import TARGETS, Tiny, abstract, error, filled, increment, layers_of, reference, reference_pass
 
 import vlora_jax as vj
-from vlora_jax.adapters.method import SiteMethod
 from vlora_jax.adapters.trees import flatten, replace_leaves
 from vlora_jax.errors import ConfigError, ConversionError, TargetError
 from vlora_jax.models.vit import ViT, ViTConfig
@@ -301,7 +300,7 @@ def test_contradictions_are_refused(options, message):
 
 
 def test_a_method_without_a_change_per_kernel_is_no_increment():
-    class Gate(SiteMethod):
+    class Gate(vj.LoRA):
         name, mergeable = "gate", False
 
     with pytest.raises(ValueError, match="gate cannot be a vertical increment"):

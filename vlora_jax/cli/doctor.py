@@ -17,6 +17,7 @@ from vlora_jax.training.screens import plain_table
 
 OPTIONAL = {
     "plan": "compiles for TPU topologies without a TPU",
+    "minilm": "a small pretrained encoder that needs no download from a hub",
     "parity": "compares with torch and PEFT",
     "notebook": "TensorBoard, treescope and notebooks",
     "test": "runs the test suite",

@@ -2,16 +2,24 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from vlora_jax.adapters.trees import matching
+from vlora_jax.distributed.mesh import AXES, abstract_mesh
+from vlora_jax.distributed.specs import undivided
+from vlora_jax.errors import ConfigError
+from vlora_jax.inspection.specs import SpecRow, spec_rows
 from vlora_jax.inspection.tables import ChangeRow, ParameterRow, adapter_rows, increment_rows, parameter_rows
+from vlora_jax.training.places import places
 from vlora_jax.training.results import Trained, read_run
+from vlora_jax.training.runs import read_config
 from vlora_jax.vertical.expand import expand
 
 Sort = Literal["path", "numbers", "relative", "rank"]
@@ -29,6 +37,13 @@ def command(
         Sort, typer.Option(help="Order of the rows; numbers, relative and rank put the largest first.")
     ] = "path",
     top: Annotated[int | None, typer.Option(min=1, help="Only so many rows.")] = None,
+    specs: Annotated[
+        bool, typer.Option("--specs", help="Instead: where each tensor lies on the mesh, and bytes per device.")
+    ] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="With --specs: this mesh, DATA,FSDP,TENSOR; need not be here.", show_default="the run's"),
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="A row for each layer instead of one for each stack.")
     ] = False,
@@ -43,7 +58,13 @@ def command(
 
       vlora-jax inspect runs/digits --layers --where 'attn'
       vlora-jax inspect runs/stdlib_lora --sort relative --top 5
+      vlora-jax inspect runs/stdlib_lora --specs --mesh 2,8,4
     """
+    if specs:
+        show_specs(run, mesh, where, top, as_json)
+        return
+    if mesh is not None:
+        raise ConfigError("--mesh is for --specs")
     trained = read_run(run, step)
     changes, parameters = rows(trained, layers)
     if where is not None:
@@ -69,6 +90,48 @@ def command(
         console.print(change_table(changes, layers))
     if parameters:
         console.print(parameter_table(parameters))
+
+
+def show_specs(run: Path, sizes: str | None, where: str | None, top: int | None, as_json: bool) -> None:
+    """Print where a run's tensors lie on its mesh, or on one of other sizes."""
+    config = read_config(run)
+    mesh = abstract_mesh(**config.mesh.model_dump(), devices=jax.device_count())
+    if sizes is not None:
+        parsed = [int(size) if size.strip().isdigit() else 0 for size in sizes.split(",")]
+        if len(parsed) != len(AXES) or 0 in parsed:
+            raise ConfigError(f"--mesh {sizes!r} must be three sizes of at least 1: DATA,FSDP,TENSOR")
+        mesh = abstract_mesh(*parsed, devices=math.prod(parsed))
+    parts = places(config, mesh)
+    found = spec_rows(parts, mesh)
+    if where is not None:
+        paths = set(matching(where, {row.path for row in found}, "--where"))
+        found = [row for row in found if row.path in paths]
+    notes = undivided(parts["base" if config.adapter is not None else "trainable"][0], mesh)
+    if as_json:
+        records = [dataclasses.asdict(row) for row in found[:top]]
+        typer.echo(json.dumps({"mesh": dict(mesh.shape), "replicated": notes, "tensors": records}, indent=2))
+        return
+    console = Console()
+    print_line = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_line(f"{run} on a mesh of {' × '.join(f'{name} {size}' for name, size in mesh.shape.items())}")
+    console.print(spec_table(found[:top], sum(row.bytes for row in found)))
+    for note in notes:
+        print_line(note)
+
+
+def spec_table(rows: list[SpecRow], total: int) -> Table:
+    """Places, in columns that fit a terminal."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("path", overflow="fold")
+    for name in ("shape", "spec"):
+        table.add_column(name)
+    table.add_column("bytes a device", justify="right")
+    for row in rows:
+        shape = "×".join(map(str, row.shape)) or "scalar"
+        spec = ", ".join(str(axis or "–") for axis in row.spec) or "replicated"
+        table.add_row(f"{row.part}/{row.path}", f"{shape} {row.dtype}", spec, f"{row.bytes:,}")
+    table.add_row("[bold]together", "", "", f"[bold]{total:,}")
+    return table
 
 
 def rows(trained: Trained, layers: bool) -> tuple[list[ChangeRow], list[ParameterRow]]:

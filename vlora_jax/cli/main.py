@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from vlora_jax.cli import doctor, inspect, merge, methods, train
+from vlora_jax.cli import compare, doctor, eval, export, generate, import_, inspect, merge, methods, plan, train
+from vlora_jax.distributed.watch import leaving
 from vlora_jax.errors import VloraError
 from vlora_jax.training.allocator import keep_large_buffers
 
@@ -18,21 +19,34 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for name, verb in {"train": train, "inspect": inspect, "merge": merge, "methods": methods, "doctor": doctor}.items():
+for name, verb in {
+    "train": train,
+    "eval": eval,
+    "generate": generate,
+    "inspect": inspect,
+    "merge": merge,
+    "import": import_,
+    "export": export,
+    "methods": methods,
+    "compare": compare,
+    "plan": plan,
+    "doctor": doctor,
+}.items():
     app.command(name)(verb.command)
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command line and exit: 0 done, 1 the run failed, 2 the input is wrong, 75 stopped and saved."""
     try:
-        app(args=list(arguments))
+        with leaving():
+            app(args=list(arguments))
     except VloraError as error:
         fail(str(error), error.exit_code)
 
 
 def main() -> None:
     """The command as started from a shell."""
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] and sys.argv[1] in ("train", "eval", "generate", "compare"):
         keep_large_buffers()
     run(sys.argv[1:])
 

@@ -2,13 +2,28 @@
 
 import dataclasses
 import json
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vlora_jax.adapters.registry import METHODS
+from vlora_jax.errors import ConfigError
+
+COLUMNS = {  # of the tables: what a heading shows of a record
+    "name": "name",
+    "paper": "paper",
+    "change": "formula",
+    "trains at a kernel": "trains",
+    "merges": "mergeable",
+    "vertical": "vertical",
+    "PEFT": "peft",
+    "rate": "default_rate",
+    "verified by": "verified",
+}
 
 
 def records() -> list[dict]:
@@ -21,6 +36,8 @@ def records() -> list[dict]:
             "trains": method.trains,
             "mergeable": method.mergeable,
             "vertical": method.vertical,
+            "peft": method.peft,
+            "default_rate": method.default_rate,
             "verified": method.verified,
             "about": (method.__doc__ or "").strip().splitlines()[0],
             "options": {
@@ -33,19 +50,57 @@ def records() -> list[dict]:
     ]
 
 
-def command(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """List every adapter method: formula, paper, numbers trained at a kernel, and what verified it."""
-    rows = records()
+def shown(value: Any) -> str:
+    """A value of a record in a table; `none` and the lack of a name are left blank."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value == "none" else str(value)
+
+
+def markdown() -> str:
+    """The registry as the README shows it, papers as links."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for record in records():
+        cells = [shown(record[key]).replace("|", r"\|") for key in COLUMNS.values()]
+        cells[0] = f"`{cells[0]}`"
+        cells[1] = linked(cells[1])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def linked(paper: str) -> str:
+    """An arXiv or OpenReview id as a link.
+
+    >>> linked("2106.09685"), linked("OpenReview abc")
+    ('[2106.09685](https://arxiv.org/abs/2106.09685)', '[OpenReview](https://openreview.net/forum?id=abc)')
+    """
+    if re.fullmatch(r"\d{4}\.\d{4,5}", paper):
+        return f"[{paper}](https://arxiv.org/abs/{paper})"
+    host, _, key = paper.partition(" ")
+    return f"[{host}](https://openreview.net/forum?id={key})" if host == "OpenReview" else paper
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs, with every option and its default.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README.")] = False,
+) -> None:
+    """List every adapter method: paper, formula, numbers trained at a kernel, what it can do, and what verified it.
+
+    PEFT is the peft_type of files that PEFT has for it; rate is AdamW's learning rate at which its defaults train.
+    """
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown are two forms of the same table; ask for one of them")
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json.dumps(records(), indent=2))
+        return
+    if as_markdown:
+        typer.echo(markdown())
         return
     table = Table(box=None, padding=(0, 2, 0, 0), title="methods", title_justify="left")
-    for name in ("name", "formula", "trains a kernel", "arXiv", "merges", "vertical", "verified by"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        yes = lambda value: "yes" if value else "no"
-        table.add_row(
-            row["name"], row["formula"], row["trains"], row["paper"],
-            yes(row["mergeable"]), yes(row["vertical"]), row["verified"],
-        )  # fmt: skip
+    for heading in COLUMNS:
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "merges", "vertical", "PEFT", "rate"))
+    for record in records():
+        table.add_row(*(Text(shown(record[key])) for key in COLUMNS.values()))  # brackets are no markup
     Console().print(table)

@@ -7,12 +7,12 @@ import typer
 import yaml
 from rich.console import Console
 
+from vlora_jax.distributed import processes
+from vlora_jax.distributed.watch import STOPPED
 from vlora_jax.training import screens
 from vlora_jax.training.config import load_config
 from vlora_jax.training.job import Job
 from vlora_jax.training.loop import train
-
-STOPPED = 75  # EX_TEMPFAIL: launchers start the same command again
 
 
 def command(
@@ -47,14 +47,17 @@ def command(
       vlora-jax train --config configs/stdlib_pretrain.yaml --dry-run
     """
     run = load_config(config, overrides or ())
-    console = Console()
     if print_config:
         typer.echo(yaml.safe_dump(run.plain(), sort_keys=False), nl=False)
         return
+    processes.start(**run.distributed.model_dump())
+    console = Console() if processes.is_writer() else Console(quiet=True)
     if dry_run:
         job = Job.of(run)
         compiled = job.step().lower(job.state, job.base, job.batch).compile()
         console.print(screens.first_screen(job, compiled.memory_analysis()))
+        if job.data.summary is not None:
+            console.print(screens.data_screen(job.data.summary), soft_wrap=True)
         for choice in job.choices:
             console.print(f"  {choice}", highlight=False, markup=False, soft_wrap=True)
         console.print("dry run: nothing was trained or written")

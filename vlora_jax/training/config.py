@@ -19,13 +19,16 @@ from pydantic import (
     model_validator,
 )
 
+from vlora_jax.data.config import DatasetConfig
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.decoder import DecoderConfig
+from vlora_jax.models.encoder import EncoderConfig
+from vlora_jax.models.seq2seq import Seq2SeqConfig
+from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.optimizers import OptimizerConfig
 from vlora_jax.vertical.config import MethodField, Vertical
 
-ModelConfig = Annotated[ViTConfig | DecoderConfig, Discriminator("family")]
 TAGS = ("model.family", "model.vertical.increment.method", "adapter.method", "data.name")  # which of several sections
 ANYTIME: dict[str, Any] = {"anytime": True}  # may change between a run's start and its continuation
 
@@ -34,6 +37,32 @@ class Section(BaseModel):
     """Strict and immutable, like all of the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PretrainedConfig(Section):
+    """A model in the files of transformers."""
+
+    family: Literal["pretrained"] = "pretrained"
+    source: str = Field(
+        description="a directory, a name on the Hugging Face hub, or package:NAME", json_schema_extra=ANYTIME
+    )
+    head: Literal["lm", "sequence", "token", "masked_lm", "image", "none"] | None = Field(
+        default=None, description="null: that of the files; another one starts at random"
+    )
+    classes: PositiveInt | None = Field(default=None, description="of a sequence, token or image head")
+    untie: bool = Field(default=False, description="give a tied head a kernel of its own, a copy of the embedding")
+    dtype: Literal["float32", "bfloat16"] | None = Field(default=None, description="null: as stored")
+    remat: Remat = "none"
+    ignore: list[str] = Field(default=[], description="keys of config.json to be read as if they were absent")
+
+    def options(self) -> dict[str, Any]:
+        """What `hub.load` takes by keyword."""
+        return {"classes": self.classes, "untie": self.untie, "remat": self.remat, "ignore": self.ignore}
+
+
+ModelSection = Annotated[
+    ViTConfig | DecoderConfig | EncoderConfig | Seq2SeqConfig | PretrainedConfig, Discriminator("family")
+]
 
 
 class DigitsConfig(Section):
@@ -53,7 +82,7 @@ class PystdlibConfig(Section):
     length: PositiveInt = Field(default=256, description="tokens a window")
 
 
-DataConfig = Annotated[DigitsConfig | PystdlibConfig, Discriminator("name")]
+DataConfig = Annotated[DigitsConfig | PystdlibConfig | DatasetConfig, Discriminator("name")]
 
 
 class EvaluateConfig(Section):
@@ -90,11 +119,24 @@ class MeshConfig(Section):
     tensor: int = Field(default=1, json_schema_extra=ANYTIME)
 
 
+class DistributedConfig(Section):
+    """Of a run with several processes: how long they wait for each other."""
+
+    start_seconds: PositiveInt = Field(default=300, description="for all to come", json_schema_extra=ANYTIME)
+    lost_seconds: PositiveInt = Field(
+        default=60, description="silence after which one is taken for lost and all stop", json_schema_extra=ANYTIME
+    )
+
+
 VARIANTS: dict[str, type[BaseModel]] = {
     "vit": ViTConfig,
     "decoder": DecoderConfig,
+    "encoder": EncoderConfig,
+    "seq2seq": Seq2SeqConfig,
+    "pretrained": PretrainedConfig,
     "digits": DigitsConfig,
     "pystdlib": PystdlibConfig,
+    "dataset": DatasetConfig,
 }
 
 
@@ -103,7 +145,7 @@ class RunConfig(Section):
 
     run_dir: str = Field(default="runs/digits", json_schema_extra=ANYTIME)
     seed: NonNegativeInt = 0
-    model: ModelConfig | None = Field(
+    model: ModelSection | None = Field(
         default_factory=lambda: ViTConfig(vertical=Vertical()), description="null: that of init_from"
     )
     init_from: str | None = Field(
@@ -120,6 +162,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -127,13 +170,17 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if self.model is None and self.init_from is None:
             raise ValueError("model is null: give a model, or init_from to take one from a run")
-        if self.model is not None and self.model.vertical is not None:
+        if isinstance(self.model, PretrainedConfig):
+            if self.init_from is not None:
+                raise ValueError("model is pretrained and init_from is given: a run starts from one of them")
+        elif self.model is not None and self.model.vertical is not None:
             self.model.vertical.compounds(self.model.layers)
         if set(self.run_dir) & set("*?[]"):
             raise ValueError(f"run_dir {self.run_dir!r} must be without * ? [ ], which Orbax reads as patterns")
         sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh {sizes} must be sizes of at least 1, at most one of them -1")
+        object.__setattr__(self, "optimizer", self.optimizer.resolved(self.adapter))  # what is stored is not open
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -145,7 +192,8 @@ class RunConfig(Section):
         flat = flat_keys(self.plain())
         schema = anytime_keys(RunConfig)
         kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{k}.") for k in schema)}
-        if self.optimizer.schedule == "constant" and self.optimizer.warmup <= self.steps:
+        open_ended = self.optimizer.schedule == "constant" and self.optimizer.warmup <= self.steps
+        if open_ended and (self.adapter is None or self.adapter.for_run(self.steps) == self.adapter):
             kept.pop("steps")  # nothing that was done depends on how long it goes on
         return kept
 
@@ -160,7 +208,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
       ConfigError: the file is missing or no YAML, a key is unknown (the nearest is named), a value impossible.
     """
-    values = RunConfig().plain() if path is None else read_yaml(path)
+    values = RunConfig().plain() | {"optimizer": {}} if path is None else read_yaml(path)
     outer_first = lambda pair: (pair[0].count("."), pair[0] not in TAGS)  # else a section would undo its own keys
     pairs = sorted(map(parse_override, overrides), key=outer_first)
     for key, _ in pairs:
@@ -274,20 +322,20 @@ def anytime_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one line: the first mistake, with the nearest valid key."""
+def explain(error: ValidationError, section: type[BaseModel] = RunConfig) -> str:
+    """A pydantic error about a section as one line: the first mistake, with the nearest valid key."""
     first = error.errors()[0]
     variant = first["loc"][:1] in (("model",), ("data",))  # then comes which one it is, which is no key
     parts = [str(part) for place, part in enumerate(first["loc"]) if not (variant and place == 1 and part in VARIANTS)]
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        names = keys_at(RunConfig, [str(part) for part in first["loc"][:-1]])
+        names = keys_at(section, [str(part) for part in first["loc"][:-1]])
         near = difflib.get_close_matches(parts[-1], names, 1, 0)
         prefix = "".join(f"{part}." for part in parts[:-1])
         return f"unknown key {key!r}" + (f"; nearest: {prefix + near[0]!r}" if near else "")
     if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
         context = first.get("ctx", {})
-        tag, options = context["discriminator"].strip("'"), context.get("expected_tags") or "vit, decoder"
+        tag, options = context["discriminator"].strip("'"), context.get("expected_tags")
         return f"{key}.{tag}: {context['tag']!r} is none of {options}" if "tag" in context else f"{key} needs a {tag}"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
@@ -295,11 +343,14 @@ def explain(error: ValidationError) -> str:
     return f"{key}: {message}{shown}" if key else message
 
 
-def keys_at(section: type[BaseModel], location: list[str]) -> list[str]:
+def keys_at(annotation: Any, location: list[str]) -> list[str]:
     """Field names of the section at a pydantic error's location."""
     for part in location:
-        section = VARIANTS[part] if part in VARIANTS else models_in(section.model_fields[part].annotation)[0]
-    return sorted(section.model_fields)
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = VARIANTS.get(part) or models_in(annotation)[0].model_fields[part].annotation
+    return sorted(models_in(annotation)[0].model_fields)
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:

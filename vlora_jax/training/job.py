@@ -1,5 +1,6 @@
 """From a config to something that can be trained: first as shapes that take no memory, then as arrays."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,41 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from vlora_jax import checkpoint
-from vlora_jax.adapters.adapter import count
+from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.sites import split
-from vlora_jax.adapters.trees import Tree
-from vlora_jax.data import digits, pystdlib
+from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.data import digits, pystdlib, text
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
+from vlora_jax.distributed import processes
 from vlora_jax.distributed.mesh import check_batch, make_mesh
+from vlora_jax.distributed.rows import global_batch
 from vlora_jax.distributed.specs import (
-    adapter_specs,
     base_specs,
     batch_sharding,
-    bytes_per_device,
-    like_parameters,
-    shardings,
 )
 from vlora_jax.errors import CheckpointError, ConfigError, ResumeError
-from vlora_jax.models.decoder import Decoder, DecoderConfig
+from vlora_jax.hub.load import Described, describe, load_model
+from vlora_jax.models.build import ModelConfig, abstract_model, build
+from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.stack import Stack
-from vlora_jax.models.vit import ViT, ViTConfig
-from vlora_jax.training.config import ModelConfig, RunConfig
-from vlora_jax.training.loss import LOSSES
-from vlora_jax.training.optimizers import optimizer
+from vlora_jax.training.config import PretrainedConfig, RunConfig
+from vlora_jax.training.outline import Outline, outline, placed
 from vlora_jax.training.runs import CHECKPOINTS, best_step, read_config
-from vlora_jax.training.step import Batch, Subject, TrainState, train_step
+from vlora_jax.training.step import Batch, TrainState
 from vlora_jax.vertical.plan import Choice
 
-MODELS: dict[type, Callable[..., nnx.Module]] = {ViTConfig: ViT, DecoderConfig: Decoder}
 TRAINABLE, FROZEN, OPTIMIZER, RNG = "trainable", "frozen", "optimizer", "rng"  # trees of a checkpoint
 
 
@@ -51,6 +48,8 @@ def model_config_of(config: RunConfig) -> ModelConfig:
     Raises:
       ConfigError: that run trained an adapter, not a model, or its model is another one than `model` asks for.
     """
+    if isinstance(config.model, PretrainedConfig):
+        return described(config.model).config
     if config.init_from is None:
         assert config.model is not None  # RunConfig makes sure
         return config.model
@@ -67,14 +66,16 @@ def model_config_of(config: RunConfig) -> ModelConfig:
     return found
 
 
-def build(config: ModelConfig, key: PRNGKeyArray) -> nnx.Module:
-    """A model with parameters drawn from `key`."""
-    return MODELS[type(config)](config, nnx.Rngs(key))
+def described(section: PretrainedConfig) -> Described:
+    """A pretrained model as its files say, before its numbers are read."""
+    return describe(section.source, section.dtype, section.head, **section.options())
 
 
-def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model's graph, and its parameters as shapes."""
-    return split(nnx.eval_shape(lambda: build(config, jax.random.key(0))))
+def tokenizer_source(config: RunConfig) -> str | None:
+    """Where the tokenizer of a run's model is; None if the model was not pretrained elsewhere."""
+    if isinstance(config.model, PretrainedConfig):
+        return str(described(config.model).store.directory)
+    return None if config.init_from is None else tokenizer_source(read_config(Path(config.init_from)))
 
 
 def dense_twin(config: ModelConfig) -> int:
@@ -86,13 +87,37 @@ def load_data(config: RunConfig) -> DataSet:
     """The run's data set."""
     if config.data.name == "digits":
         return digits.load(augment=config.data.augment)
-    return pystdlib.load(config.data.part, config.data.length)
+    if config.data.name == "pystdlib":
+        return pystdlib.load(config.data.part, config.data.length)
+    return warned(config, text.load(config.data, tokenizer_source(config), model_config_of(config)))
+
+
+def warned(config: RunConfig, data: DataSet) -> DataSet:
+    """The data, with a warning if its rows are longer than any that a pretrained model has seen."""
+    if not isinstance(config.model, PretrainedConfig) or data.summary is None:
+        return data
+    most, length = described(config.model).given.get("max_position_embeddings"), data.summary.length
+    if not isinstance(most, int) or length <= most:
+        return data
+    warning = (
+        f"rows of {length} tokens, but {config.model.source} was trained on at most {most} (max_position_embeddings)"
+    )
+    summary = dataclasses.replace(data.summary, warnings=(*data.summary.warnings, warning))
+    return dataclasses.replace(data, summary=summary)
+
+
+def tasks_of(model: ModelConfig) -> tuple[str, ...]:
+    """What a model can learn, which its family and its head decide."""
+    if model.family == "vit":
+        return ("classification",)
+    heads = {"sequence": ("text_classification",), "lm": ("seq2seq" if model.family == "seq2seq" else "next_token",)}
+    return heads.get(model.head, ())
 
 
 def check_fit(model: ModelConfig, data: DataSet, length: int | None) -> None:
     """Raises ConfigError if the model cannot read the data or cannot answer it."""
-    facts = data.facts
-    if isinstance(model, ViTConfig) != (data.task == "classification"):
+    facts = {key: value for key, value in data.facts.items() if hasattr(model, key)}
+    if data.task not in tasks_of(model):
         raise ConfigError(f"data {data.name} is for {data.task}, which model.family {model.family} cannot learn")
     wrong = [
         f"model.{key} {getattr(model, key)}, but the data has {value}"
@@ -105,28 +130,24 @@ def check_fit(model: ModelConfig, data: DataSet, length: int | None) -> None:
         raise ConfigError(f"the model does not fit {data.name}: {'; '.join(wrong)}")
 
 
+def check_fresh(config: RunConfig, adapter: Adapter) -> None:
+    """Raises ConfigError if a new head of a pretrained model would stay at its random start."""
+    if isinstance(config.model, PretrainedConfig):
+        trained = (*adapter.trainable["full"], *(site.leaf_path for site in adapter.sites))
+        frozen = [path for path in described(config.model).plan.fresh if path not in trained]
+        if frozen:
+            modules = sorted({path.rpartition("/")[0] or path for path in frozen})
+            raise ConfigError(
+                f"{', '.join(modules)} is new, {config.model.source} has none, and frozen: train it with the adapter, "
+                f"adapter.full={modules[0] if len(modules) == 1 else modules}"
+            )
+
+
 @dataclass(frozen=True)
-class Job:
-    """A run, ready to start. Trees hold shapes with their place on the mesh, no numbers.
+class Job(Outline):
+    """A run, ready to start. Trees hold shapes with their place on the mesh, no numbers."""
 
-    Attributes:
-      model: the model's config.
-      subject: what is trained.
-      tx: how.
-      base: what stays as it is: all parameters under an adapter; else the variables that are no parameters.
-      state: what changes.
-      batch: one training step's input.
-    """
-
-    config: RunConfig
-    mesh: Mesh
     data: DataSet
-    model: ModelConfig
-    subject: Subject
-    tx: optax.GradientTransformation
-    base: Tree
-    state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
 
     @classmethod
     def of(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Job":
@@ -144,38 +165,22 @@ class Job:
         model = model_config_of(config)
         data = load_data(config)
         check_fit(model, data, getattr(config.data, "length", None))
-        graphdef, params = abstract_model(model)
-        specs = base_specs(params, mesh)
-        params = placed(params, specs, mesh)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        adapter, method = None, config.adapter
-        if method is not None:
-            adapter = jax.eval_shape(lambda key, base: init(method, key, base), key, params)
-            base = params
-            trainable, trainable_specs = adapter.trainable, (sharded := adapter_specs(adapter, mesh)).trainable
-            frozen, frozen_specs = adapter.frozen, sharded.frozen
-        else:
-            (trainable, base), (trainable_specs, _) = (
-                nnx.split_state(tree, nnx.Param, ...) for tree in (params, specs)
-            )
-            frozen, frozen_specs = {}, {}
-        subject = Subject(graphdef, adapter, LOSSES[data.task])
-        tx = optimizer(config.optimizer, config.steps, trainable, adapter)
-        opt_state = jax.eval_shape(tx.init, trainable)
-        state = TrainState(jax.ShapeDtypeStruct((), "int32"), trainable, frozen, opt_state, key)
-        opt_specs = like_parameters(tx, opt_state, trainable_specs)
-        state = placed(state, TrainState(P(), trainable_specs, frozen_specs, opt_specs, P()), mesh)
         example = next(TrainBatches(data, config.data.batch, config.accumulate, config.seed))
         batch = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=batch_sharding(mesh))
             for name, array in example.items()
         }
-        return cls(config, mesh, data, model, subject, tx, base, state, batch)
+        shapes = outline(config, mesh, model, data.task, batch)
+        if shapes.subject.adapter is not None:
+            check_fresh(config, shapes.subject.adapter)
+        return cls(**vars(shapes), data=data)
 
     @property
     def source_step(self) -> int | None:
         """The step of `init_from` whose parameters this run starts with: its best; None without `init_from`."""
-        return None if self.config.init_from is None else best_step(Path(self.config.init_from))
+        if self.config.init_from is None:
+            return None
+        return processes.decided("init_from", lambda: best_step(Path(self.config.init_from or "")))
 
     def parameters(self, source_step: int | None = None) -> Tree:
         """The model's parameters before this run trains: drawn, or read from `init_from`.
@@ -192,9 +197,9 @@ class Job:
         """The frozen base and the state before the first step."""
         _, adapter_key, run_key = keys(self.config.seed)
         params = self.parameters()
-        if self.config.adapter is not None:
-            method = self.config.adapter
-            begin = lambda base, key, run_key: self.subject.start(init(method, key, base), self.tx, run_key)
+        adapter = self.subject.adapter
+        if adapter is not None:
+            begin = lambda base, key, run_key: self.subject.start(init(adapter.method, key, base), self.tx, run_key)
             return params, self._jit(begin)(params, adapter_key, run_key)
         trainable, rest = nnx.split_state(params, nnx.Param, ...)
         begin = lambda params, run_key: self.subject.start(params, self.tx, run_key)
@@ -203,14 +208,15 @@ class Job:
     def _jit(self, function: Callable) -> Callable:
         return jax.jit(function, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
 
-    def step(self) -> Callable:
-        """The compiled train step's jitted function; the state comes out where it went in."""
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        return train_step(self.subject, self.tx, (where, NamedSharding(self.mesh, P())))
-
     def place(self, batch: Example) -> Batch:
         """A batch on the devices."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
+        return global_batch(batch, self.mesh)
+
+    def places(self) -> dict[str, dict[str, Any]]:
+        """Where the tensors of a checkpoint belong on this mesh, by tree and path."""
+        parts = {TRAINABLE: self.state.trainable, FROZEN: self.state.frozen, OPTIMIZER: self.state.opt_state}
+        where = {name: {path: leaf.sharding for path, leaf in flatten(tree).items()} for name, tree in parts.items()}
+        return where | {RNG: {"key": self.state.key.sharding}}
 
     def trees(self, state: TrainState) -> dict[str, Tree]:
         """What a checkpoint keeps of a state. Never the frozen base."""
@@ -229,7 +235,7 @@ class Job:
             )
         read = lambda name, like: checkpoint.restore(like, saved.trees[name], f"checkpoint {saved.step}, {name}")
         key = jax.random.wrap_key_data(saved.trees[RNG]["key"])
-        step = jax.numpy.int32(saved.step)
+        step = np.int32(saved.step)
         return TrainState(
             jax.device_put(step, self.state.step.sharding),
             read(TRAINABLE, self.state.trainable),
@@ -249,31 +255,13 @@ class Job:
     @cached_property
     def choices(self) -> list[Choice]:
         """How each shared kernel of a vertical model is applied in training, and what decided it."""
-        model = nnx.merge(self.subject.graphdef, self._whole())
+        model = nnx.merge(self.subject.graphdef, self.whole())
         tokens = (
             self.batch["tokens"].shape[1:] if "tokens" in self.batch else (self.batch["image"].shape[1], patches(model))
         )
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         stacks = [module for _, module in nnx.iter_modules(model) if isinstance(module, Stack)]
         return [choice for stack in stacks for choice in stack.choices(tokens[0] * tokens[1] // ways, True)]
-
-    def _whole(self) -> Tree:
-        if self.config.adapter is not None:
-            return self.base
-        return nnx.merge_state(self.state.trainable, self.base)
-
-    @property
-    def model_parameters(self) -> int:
-        """Parameters of the model, whether they train or not."""
-        return count(self._whole())
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes on one device: of the base, of what trains, and of the optimiser."""
-        parts = {"base": self.base, "trained": self.state.trainable, "optimizer": self.state.opt_state}
-        if self.config.adapter is None:
-            parts.pop("base")
-        where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
-        return {name: bytes_per_device(tree, where(tree), self.mesh) for name, tree in parts.items()}
 
 
 def keys(seed: int) -> tuple[PRNGKeyArray, PRNGKeyArray, PRNGKeyArray]:
@@ -286,21 +274,22 @@ def patches(model: Any) -> int:
     return model.positions.shape[0]
 
 
-def placed(shapes: Tree, specs: Tree, mesh: Mesh) -> Tree:
-    """Shapes with their place on the mesh."""
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(place, shapes, shardings(specs, mesh))
-
-
 def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh, source_step: int | None = None) -> Tree:
     """A run's parameters before it trains; see `Job.parameters`."""
     shapes = abstract_model(model)[1]
     shapes = placed(shapes, base_specs(shapes, mesh), mesh)
     if config.init_from is not None:
         source = Path(config.init_from)
-        step = best_step(source) if source_step is None else source_step
-        saved = checkpoint.read(source / CHECKPOINTS, step, (TRAINABLE,))
+        step = processes.decided("init_from", lambda: best_step(source)) if source_step is None else source_step
+        where = {TRAINABLE: {path: leaf.sharding for path, leaf in flatten(shapes).items()}}
+        saved = checkpoint.read(source / CHECKPOINTS, step, (TRAINABLE,), where)
         return checkpoint.restore(shapes, saved.trees[TRAINABLE], f"{source}, checkpoint {step}")
+    if isinstance(config.model, PretrainedConfig):
+        section, key = config.model, keys(config.seed)[0]
+        silent = lambda line: None
+        return load_model(
+            section.source, mesh, section.dtype, section.head, key=key, notify=silent, **section.options()
+        ).base
     draw = jax.jit(
         lambda key: split(build(model, key))[1], out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
     )

@@ -85,6 +85,25 @@ class Log:
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
 
+class Silence:
+    """The log of a process that writes none."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def step(self, step: int, record: dict[str, Any]) -> None:
+        pass
+
+    def held_out(self, step: int, record: dict[str, Any], best: bool) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
 def draw_curve(run: Path, file: Path, title: str) -> None:
     """Training and held-out loss, and held-out accuracy, over steps, as a picture."""
     from matplotlib.figure import Figure  # without pyplot there is no global state and no display

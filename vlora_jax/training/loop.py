@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +18,17 @@ from rich.console import Console
 from vlora_jax import checkpoint
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import TrainBatches, batch_id, held_out_batches
+from vlora_jax.distributed import processes
 from vlora_jax.distributed.mesh import whole_batch
-from vlora_jax.errors import BaseMismatchError, CheckpointError, DataError, NonFiniteError
+from vlora_jax.distributed.rows import local_rows
+from vlora_jax.errors import BaseMismatchError, CheckpointError, DataError, NonFiniteError, ResumeError
 from vlora_jax.training import screens
-from vlora_jax.training.config import RunConfig
+from vlora_jax.training.config import RunConfig, flat_keys
 from vlora_jax.training.job import Job
-from vlora_jax.training.logs import Log, draw_curve
+from vlora_jax.training.logs import Log, Silence, draw_curve
+from vlora_jax.training.loss import means
 from vlora_jax.training.optimizers import schedule
-from vlora_jax.training.runs import CHECKPOINTS, keep_metrics, lock, open_run, refuse_foreign
+from vlora_jax.training.runs import CHECKPOINTS, CONFIG, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
 LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -80,6 +83,9 @@ def train(
 ) -> Result:
     """Train, or continue the run that is in `config.run_dir`.
 
+    Several processes that were brought together by `processes.start` call it all with the same config: each reads its
+    rows of every batch, one writes and speaks, and what one of them is asked to do, all do.
+
     Args:
       config: of the run.
       console: for progress; standard output if not given.
@@ -89,25 +95,45 @@ def train(
     Raises:
       VloraError: of some kind: the input is wrong, the directory belongs to another run, the loss is not finite.
     """
-    console = console or Console()
+    console = (console or Console()) if processes.is_writer() else Console(quiet=True)
+    processes.same("config", flat_keys(config.plain()))
     job = Job.of(config, devices)
+    processes.same("data", {"fingerprint": job.data.fingerprint})
     run = Path(config.run_dir)
-    refuse_foreign(run)
-    with lock(run), jax.set_mesh(job.mesh), signals() as asked:
-        continued = open_run(config)
+    with ExitStack() as held, jax.set_mesh(job.mesh), signals() as asked:
+
+        def enter() -> bool:
+            refuse_foreign(run)
+            held.enter_context(lock(run))
+            return open_run(config)
+
+        continued = processes.decided("run_dir", enter)
+        see(run)
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             jax.config.update("jax_compilation_cache_dir", str(run.absolute() / "compile_cache"))
         return Trainer(job, console, lambda: asked() or (stop is not None and stop())).train(continued)
+
+
+def see(run: Path, seconds: float = 30) -> None:
+    """Raises ResumeError in every process if one does not see what the writer has written, which takes its time."""
+    end = time.monotonic() + seconds
+    while not (run / CONFIG).exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    seen = processes.gathered("run_dir", (run / CONFIG).exists())
+    if not all(seen):
+        blind = ", ".join(str(process) for process, sees in enumerate(seen) if not sees)
+        raise ResumeError(f"run_dir {run} must be on storage that all processes share; not seen from process {blind}")
 
 
 class Trainer:
     """One session of a run."""
 
     def __init__(self, job: Job, console: Console, stop: Callable[[], bool]):
-        self.job, self.config, self.console, self.stop = job, job.config, console, stop
+        self.job, self.config, self.console = job, job.config, console
+        self.stop = processes.agreed(stop, job.mesh)
         self.run = Path(job.config.run_dir)
         self.progress = Progress()
-        self.unit = "example" if job.data.task == "classification" else "token"
+        self.unit = "example" if job.data.task in ("classification", "text_classification") else "token"
         self.evaluate_compiled = evaluate_step(job.subject)
         self.rate = schedule(self.config.optimizer, self.config.steps)
         self.began = time.monotonic()
@@ -115,15 +141,16 @@ class Trainer:
     def train(self, continued: bool) -> Result:
         """Restore what is there, train, save, and sum up."""
         config, job = self.config, self.job
-        higher = config.evaluate.metric == "accuracy"
         say = lambda line: self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        self.checkpoints = checkpoint.Checkpoints(self.run / CHECKPOINTS, config.checkpoint.keep, higher, say)
-        self.batches = TrainBatches(job.data, config.data.batch, config.accumulate, config.seed)
+        self.checkpoints = checkpoint.Checkpoints(self.run / CHECKPOINTS, config.checkpoint.keep, say)
+        rows = local_rows(config.data.batch, job.mesh)
+        self.batches = TrainBatches(job.data, config.data.batch, config.accumulate, config.seed, rows)
         base, state, step = self.restore(say) if continued else (*job.start(), 0)
         if step == 0:
             self.source_step = job.source_step
             self.fingerprint = checkpoint.fingerprint(base) if config.adapter is not None else None
-        keep_metrics(self.run, step)
+        if processes.is_writer():
+            keep_metrics(self.run, step)
         self.seconds_before = self.progress.seconds
         if step >= config.steps or self.progress.early:
             say(f"{self.run} is finished at step {step}: nothing to do; another run_dir starts another run")
@@ -131,7 +158,9 @@ class Trainer:
             return self.sum_up(state, step, stopped=False)
         compiled = job.step().lower(job.state, job.base, job.batch).compile()
         self.console.print(screens.first_screen(job, compiled.memory_analysis()))
-        with Log(config, self.console, step) as self.log:
+        if job.data.summary is not None and step == 0:
+            self.console.print(screens.data_screen(job.data.summary), soft_wrap=True)
+        with Log(config, self.console, step) if processes.is_writer() else Silence() as self.log:
             state, step, stopped = self.steps(compiled, base, state, step)
         self.checkpoints.close()
         return self.sum_up(state, step, stopped)
@@ -142,7 +171,7 @@ class Trainer:
         if newest is None:
             say(f"{self.run} has no whole checkpoint yet: starting at step 0")
             return *job.start(), 0
-        saved = checkpoint.read(self.run / CHECKPOINTS, newest)
+        saved = checkpoint.read(self.run / CHECKPOINTS, newest, where=job.places())
         job.check_data(saved)
         state = job.restored(saved)
         self.batches.restore(saved.metadata["data"])
@@ -188,8 +217,7 @@ class Trainer:
                 patience = config.evaluate.patience
                 early = self.progress.early = patience is not None and self.progress.evaluations >= patience
                 if last or early or stopped or is_best or step % config.checkpoint.every == 0:
-                    # A score for a new best only: Orbax then keeps exactly the step that the progress calls the best.
-                    self.save(state, step, self.score(step) if is_best else None)
+                    self.save(state, step, is_best)
                 if early and not last:
                     self.log.say(f"no better {config.evaluate.metric} for {patience} evaluations: stopping early")
                 if early or (stopped and not last):
@@ -222,25 +250,23 @@ class Trainer:
 
     def evaluate(self, state: TrainState, base: Tree, step: int) -> dict[str, Any]:
         """Loss and accuracy over all held-out data."""
-        totals = {"loss": 0.0, "correct": 0.0, "weight": 0.0}
+        size = whole_batch(self.config.evaluate.batch, self.job.mesh)
         sums = [
             self.evaluate_compiled(state, base, self.job.place(batch))
-            for batch in held_out_batches(self.job.data, whole_batch(self.config.evaluate.batch, self.job.mesh))
+            for batch in held_out_batches(self.job.data, size, local_rows(size, self.job.mesh))
         ]
-        for host in jax.device_get(sums):
-            totals = {name: totals[name] + float(host[name]) for name in totals}
-        weight = max(totals["weight"], 1e-9)
-        found = {"step": step, "loss": totals["loss"] / weight, "accuracy": totals["correct"] / weight}
+        found = {"step": step, **{name: value for name, value in means(sums).items() if name != "weight"}}
         better = self.better(found)
         self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, better and step > 0)
         return found
 
     def better(self, found: dict[str, Any]) -> bool:
-        """Whether an evaluation beats the best one so far."""
-        metric, best = self.config.evaluate.metric, self.progress.best
+        """Whether an evaluation beats the best one so far; where two are equally accurate, the lower loss does."""
+        best = self.progress.best
         if best is None:
             return True
-        return found[metric] > best[metric] if metric == "accuracy" else found[metric] < best[metric]
+        of_all = lambda mark: (-mark["accuracy"] if self.config.evaluate.metric == "accuracy" else 0, mark["loss"])
+        return of_all(found) < of_all(best)
 
     def judge(self, state: TrainState, base: Tree, step: int) -> bool:
         """Evaluate and keep the books; returns whether this is the best step so far."""
@@ -251,12 +277,7 @@ class Trainer:
         self.progress.evaluations = 0 if is_best else self.progress.evaluations + 1
         return is_best
 
-    def score(self, step: int) -> float | None:
-        """The metric at this very step, if it was evaluated."""
-        last = self.progress.last
-        return last[self.config.evaluate.metric] if last and last["step"] == step else None
-
-    def save(self, state: TrainState, step: int, score: float | None) -> None:
+    def save(self, state: TrainState, step: int, best: bool) -> None:
         """Start saving."""
         self.progress.seconds = self.seconds_before + time.monotonic() - self.began
         metadata = {
@@ -266,11 +287,12 @@ class Trainer:
             "source_step": self.source_step,
             "data_fingerprint": self.job.data.fingerprint,
             "data": self.batches.state(),
+            "class_names": self.job.data.facts.get("labels"),
             "versions": {name: version(name) for name in LIBRARIES},
             "best": self.progress.best,
             "progress": asdict(self.progress),
         }
-        self.checkpoints.save(step, self.job.trees(state), metadata, score)
+        self.checkpoints.save(step, self.job.trees(state), metadata, best)
 
     def sum_up(self, state: TrainState, step: int, stopped: bool) -> Result:
         """Draw the curve and show the last screen."""
@@ -281,7 +303,8 @@ class Trainer:
                 highlight=False, markup=False, soft_wrap=True,
             )  # fmt: skip
             return result
-        draw_curve(self.run, self.run / CURVE, screens.title(self.job))
+        if processes.is_writer():
+            draw_curve(self.run, self.run / CURVE, screens.title(self.job))
         self.console.print(screens.last_screen(self.job, self.progress, self.run / CURVE))
         return result
 

@@ -9,27 +9,48 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Shaped
 
+from vlora_jax.distributed.within import batch_ways, split_batch
+
 Sums = dict[str, Array]  # "loss" and other sums over examples or tokens, and their "weight"
 Loss = Callable[[Any, dict[str, Array], bool], Sums]
-CHUNK = 2048  # tokens whose logits exist at once
+CHUNK = 2048  # tokens of one device whose logits exist at once
 
 
 def classification(model: Callable, batch: dict[str, Array], train: bool) -> Sums:
     """Softmax cross-entropy of images; `weight`, if given, counts each example that much."""
-    logits = model(batch["image"], train=train)
-    weight = batch.get("weight", jnp.ones(logits.shape[0]))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-    correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
-    return {"loss": (weight * losses).sum(), "correct": (weight * correct).sum(), "weight": weight.sum()}
+    return _classes(model(batch["image"], train=train), batch)
 
 
 def next_token(model: Any, batch: dict[str, Array], train: bool) -> Sums:
     """Cross-entropy of the next token where `mask` is set, chunked: all logits never exist at once."""
     hidden = model.hidden(batch["tokens"], batch.get("positions"), batch.get("segments"), train=train)
+    return chunked_cross_entropy(model.logits, hidden, batch["targets"], _token_weight(batch))
+
+
+def text_classification(model: Callable, batch: dict[str, Array], train: bool) -> Sums:
+    """Softmax cross-entropy of texts' classes; `weight`, if given, counts each example that much."""
+    types = {"types": batch["types"]} if "types" in batch else {}
+    return _classes(model(batch["tokens"], segments=batch["segments"], **types, train=train), batch)
+
+
+def _classes(logits: Array, batch: dict[str, Array]) -> Sums:
+    weight = batch.get("weight", jnp.ones(logits.shape[0]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
+    correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+    return {"loss": (weight * losses).sum(), "correct": (weight * correct).sum(), "weight": weight.sum()}
+
+
+def seq2seq(model: Any, batch: dict[str, Array], train: bool) -> Sums:
+    """Cross-entropy of the decoder's next token where `mask` is set, chunked as in `next_token`."""
+    hidden = model.hidden(
+        batch["tokens"], batch["decoder_tokens"], batch["segments"], batch["decoder_segments"], train=train
+    )
+    return chunked_cross_entropy(model.logits, hidden, batch["targets"], _token_weight(batch))
+
+
+def _token_weight(batch: dict[str, Array]) -> Array:
     weight = batch["mask"].astype(jnp.float32)
-    if "weight" in batch:
-        weight = weight * batch["weight"][:, None]
-    return chunked_cross_entropy(model.logits, hidden, batch["targets"], weight)
+    return weight * batch["weight"][:, None] if "weight" in batch else weight
 
 
 def chunked_cross_entropy(
@@ -47,10 +68,11 @@ def chunked_cross_entropy(
     Args:
       logits_of: hidden states `(batch, positions, width)` to logits in float32.
       hidden, targets, weight: tokens of weight 0 count nothing.
-      chunk: about so many tokens at a time. Chunks run along the length, so that a sharded batch stays sharded.
+      chunk: about so many tokens of a device at a time; each chunk gathers a sharded head again. Chunks run along the
+        length, so that a sharded batch stays sharded.
     """
     batch, length, _ = hidden.shape
-    size = max(1, min(length, chunk // batch))
+    size = max(1, min(length, chunk * batch_ways() // batch))
     padding = -length % size
 
     def chunks(array: Array) -> Array:
@@ -63,8 +85,12 @@ def chunked_cross_entropy(
 
 
 def _chunk_sums(logits: Array, target: Array, weight: Array) -> tuple[Array, Sums]:
-    loss = (weight * optax.softmax_cross_entropy_with_integer_labels(logits, target)).sum()
-    correct = (weight * (logits.argmax(-1) == target)).sum()
+    # The target's logit by comparison: the gradient of picking it out would be scattered into an array of all logits.
+    places = jnp.arange(logits.shape[-1])[None, None]
+    picked = jnp.where(places == target[..., None], logits, 0.0).sum(axis=-1)
+    loss = (weight * (jax.nn.logsumexp(logits, axis=-1) - picked)).sum()
+    first = jnp.where(logits == logits.max(-1, keepdims=True), places, logits.shape[-1]).min(-1)  # argmax, in less time
+    correct = (weight * (first == target)).sum()
     return loss, {"loss": loss, "correct": correct, "weight": weight.sum()}
 
 
@@ -72,7 +98,7 @@ def _chunk_sums(logits: Array, target: Array, weight: Array) -> tuple[Array, Sum
 def _summed(logits_of: Callable, hidden: Array, parameters: Sequence[Array], labels: tuple[Array, Array]) -> Sums:
     def body(sums: Sums, inputs: tuple) -> tuple[Sums, None]:
         h, target, weight = inputs
-        return jax.tree.map(jnp.add, sums, _chunk_sums(logits_of(h, *parameters), target, weight)[1]), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(logits_of(split_batch(h), *parameters), target, weight)[1]), None
 
     return jax.lax.scan(body, _zero(), (hidden, *labels))[0]
 
@@ -85,7 +111,7 @@ def _summed_forward(logits_of: Callable, hidden: Any, parameters: Sequence[Any],
 
         def of_chunk(h: Array, some: list[Array]) -> tuple[Array, Sums]:
             every = dict(enumerate(values)) | dict(zip(trained, some, strict=True))
-            return _chunk_sums(logits_of(h, *every.values()), target, weight)
+            return _chunk_sums(logits_of(split_batch(h), *every.values()), target, weight)
 
         some = [values[i] for i in trained]  # a frozen head has no gradient here either
         slopes, sums = jax.grad(of_chunk, argnums=(0, 1), has_aux=True)(h, some)
@@ -108,4 +134,16 @@ def _zero() -> Sums:
     return {name: jnp.zeros(()) for name in ("loss", "correct", "weight")}
 
 
-LOSSES: dict[str, Loss] = {"classification": classification, "next_token": next_token}
+def means(sums: Sequence[Sums]) -> dict[str, float]:
+    """Loss and accuracy over several batches' sums, and the weight of them all."""
+    totals = {name: sum(float(each[name]) for each in jax.device_get(sums)) for name in ("loss", "correct", "weight")}
+    weight = max(totals["weight"], 1e-9)
+    return {"loss": totals["loss"] / weight, "accuracy": totals["correct"] / weight, "weight": totals["weight"]}
+
+
+LOSSES: dict[str, Loss] = {
+    "classification": classification,
+    "next_token": next_token,
+    "text_classification": text_classification,
+    "seq2seq": seq2seq,
+}

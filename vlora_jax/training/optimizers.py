@@ -6,8 +6,10 @@ import optax
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.trees import Tree, flatten, matching, unflatten
 
+RATE, DECAY = 3e-3, 0.3  # of a small Transformer that learns from scratch
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -17,11 +19,17 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Literal["adamw", "lion", "sgd", "adafactor"] = "adamw"
-    rate: PositiveFloat = Field(default=3e-3, description="peak learning rate")
+    rate: PositiveFloat | None = Field(
+        default=None,
+        description="peak learning rate; null: that at which the adapter's method trains, 3e-3 without one",
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: NonNegativeInt = Field(default=100, description="steps of linear growth from 0")
     end: NonNegativeFloat = Field(default=0.0, description="final rate as a share of the peak; not for constant")
-    decay: NonNegativeFloat = Field(default=0.3, description="decoupled weight decay; biases and norm scales have none")
+    decay: NonNegativeFloat | None = Field(
+        default=None,
+        description="decoupled weight decay, none of biases and norm scales; null: 0 for an adapter, 0.3 without one",
+    )
     clip: PositiveFloat | None = Field(default=1.0, description="global norm of the gradient of what trains")
     b1: Share = 0.9
     b2: Share = 0.999
@@ -30,9 +38,20 @@ class OptimizerConfig(BaseModel):
         default_factory=dict, description="rate relative to the peak for trained parameters that a pattern matches"
     )
 
+    def resolved(self, method: Method | None) -> "OptimizerConfig":
+        """With the rate and the decay that suit what is trained, where they are open.
+
+        >>> OptimizerConfig().resolved(None).rate
+        0.003
+        """
+        rate, decay = (RATE, DECAY) if method is None else (type(method).default_rate, 0.0)
+        own = {"rate": rate if self.rate is None else self.rate, "decay": decay if self.decay is None else self.decay}
+        return self.model_copy(update=own)
+
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step."""
+    """Learning rate by step, of a config whose rate is not open."""
+    assert config.rate is not None
     warmup = min(config.warmup, steps)
     rest = max(1, steps - warmup)
     after = {
@@ -57,6 +76,7 @@ def optimizer(
     Raises:
       TargetError: a group's pattern matches nothing.
     """
+    config = config.resolved(adapter and adapter.method)
     scale = {
         "adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
@@ -66,15 +86,26 @@ def optimizer(
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         scale(),
-        optax.add_decayed_weights(config.decay, mask=decayed) if config.decay else optax.identity(),
+        optax.add_decayed_weights(config.decay, mask=decayed(trainable, adapter)) if config.decay else optax.identity(),
         optax.scale_by_learning_rate(schedule(config, steps)),
         scale_by(rates(config, trainable, adapter)),
     )
 
 
-def decayed(params: Tree) -> Tree:
-    """True for matrices, False for biases and norm scales, stacked or not."""
-    return unflatten(params, {path: path.rsplit("/", 1)[-1] not in ("bias", "scale") for path in flatten(params)})
+def decayed(trainable: Tree, adapter: Adapter | None = None) -> Tree:
+    """True where weight decay applies: not to biases and norm scales, of an adapter's tensors to those it names.
+
+    Decay pulls towards zero, which for many tensors of adapters (a scale of 1, a start in the kernel) is not where they
+    change nothing.
+    """
+
+    def decays(path: str) -> bool:
+        name = path.rsplit("/", 1)[-1]
+        if adapter is None or path.startswith("full/"):
+            return name not in ("bias", "scale")
+        return name in adapter.method.decays
+
+    return unflatten(trainable, {path: decays(path) for path in flatten(trainable)})
 
 
 def rates(config: OptimizerConfig, trainable: Tree, adapter: Adapter | None) -> dict[str, float]:

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import yaml
 from flax import nnx
-from pydantic import TypeAdapter
+from pydantic import Discriminator, TypeAdapter
 
 from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter, count
@@ -21,8 +21,9 @@ from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import held_out_batches
 from vlora_jax.distributed.mesh import make_mesh
 from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, ResumeError, VloraError
-from vlora_jax.training.config import ModelConfig, RunConfig
-from vlora_jax.training.job import FROZEN, TRAINABLE, abstract_model, load_data, parameters
+from vlora_jax.models.build import ModelConfig, abstract_model
+from vlora_jax.training.config import RunConfig
+from vlora_jax.training.job import FROZEN, TRAINABLE, load_data, parameters
 from vlora_jax.training.runs import CHECKPOINTS, CONFIG, best_step, read_config, steps_of
 from vlora_jax.vertical.expand import expand
 
@@ -37,6 +38,7 @@ class Trained:
         None where it could not be found again.
       adapter: None if the model itself was trained.
       missing: why `base` is None.
+      class_names: of the classes that it tells apart; None where they have none.
     """
 
     run: Path
@@ -47,6 +49,7 @@ class Trained:
     adapter: Adapter | None
     step: int
     missing: str = ""
+    class_names: tuple[str, ...] | None = None
 
 
 def read_run(run: Path, step: int | None = None) -> Trained:
@@ -66,13 +69,14 @@ def read_run(run: Path, step: int | None = None) -> Trained:
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, there)) or 'none'}")
     step = best_step(run) if step is None else step
     saved = checkpoint.read(run / CHECKPOINTS, step, (TRAINABLE, FROZEN))
-    model = TypeAdapter(ModelConfig).validate_python(saved.metadata["model"])
+    model = TypeAdapter(Annotated[ModelConfig, Discriminator("family")]).validate_python(saved.metadata["model"])
     graphdef, shapes = abstract_model(model)
     what = f"{run}, checkpoint {step}"
+    class_names = tuple(saved.metadata.get("class_names") or ()) or None
     if config.adapter is None:
         base = checkpoint.restore(shapes, saved.trees[TRAINABLE], what)
-        return Trained(run, config, model, graphdef, base, None, step)
-    method = config.adapter
+        return Trained(run, config, model, graphdef, base, None, step, class_names=class_names)
+    method = config.adapter.for_run(config.steps)
     adapter = jax.eval_shape(lambda key, base: init(method, key, base), jax.random.key(0), shapes)
     adapter = dataclasses.replace(
         adapter,
@@ -87,7 +91,7 @@ def read_run(run: Path, step: int | None = None) -> Trained:
             raise BaseMismatchError(f"{config.init_from or 'the seed'} gives another base than {run} was trained on")
     except VloraError as error:
         base, missing = None, str(error)
-    return Trained(run, config, model, graphdef, base, adapter, step, missing)
+    return Trained(run, config, model, graphdef, base, adapter, step, missing, class_names)
 
 
 def ordinary(trained: Trained) -> tuple[nnx.GraphDef, Tree]:
@@ -147,7 +151,7 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
         "best": None,
         "made_from": {"run": str(trained.run), "step": trained.step},
     }
-    saver.save(0, {TRAINABLE: params}, about, None)
+    saver.save(0, {TRAINABLE: params}, about)
     saver.close()
     (out / CONFIG).write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
     gap, largest = float(jnp.abs(after - before).max()), float(jnp.abs(before).max())

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from vlora_jax.adapters.adapter import count
+from vlora_jax.data.summary import Summary
+from vlora_jax.distributed.specs import undivided
 from vlora_jax.training.job import Job, dense_twin
 
-FAMILIES = {"vit": "Vision Transformer", "decoder": "decoder"}
+SHOWN = 600  # letters of a piece of an example
+FAMILIES = {"vit": "Vision Transformer", "seq2seq": "encoder–decoder"}
 
 
 def plain_table(title: str) -> Table:
@@ -26,7 +30,8 @@ def title(job: Job) -> str:
     )
     kind = "dense" if vertical is None else "VLoRA"
     what = f"{job.config.adapter.name} on a {kind}" if job.config.adapter is not None else kind
-    return f"{what} {FAMILIES[model.family]} ({model.layers} layers × {model.width}{shared}) on {job.data.name}"
+    family = FAMILIES.get(model.family, model.family)
+    return f"{what} {family} ({model.layers} layers × {model.width}{shared}) on {job.data.name}"
 
 
 def mebibytes(number: float) -> str:
@@ -53,9 +58,12 @@ def first_screen(job: Job, memory: Any = None) -> Table:
         table.add_row("parameters", f"{total:,}")
     table.add_row("trained", share(count(job.state.trainable), total))
     if job.subject.adapter is not None:
-        sites = job.subject.adapter.sites
-        shown = ", ".join(sorted({site.path.rsplit("/", 1)[-1] for site in sites}))
-        table.add_row("adapter", f"{config.adapter.formula} at {sum(s.layers for s in sites)} kernels: {shown}")  # type: ignore[union-attr]
+        sites, whole = job.subject.adapter.sites, job.subject.adapter.trainable["full"]
+        if sites:
+            shown = ", ".join(sorted({site.path.rsplit("/", 1)[-1] for site in sites}))
+            table.add_row("adapter", f"{config.adapter.formula} at {sum(s.layers for s in sites)} kernels: {shown}")  # type: ignore[union-attr]
+        if whole:
+            table.add_row("trained whole", f"{sum(map(count, whole.values())):,} numbers: {', '.join(sorted(whole))}")
     if job.choices:
         factored = [choice.path for choice in job.choices if choice.factored]
         built = [choice.path for choice in job.choices if not choice.factored]
@@ -66,7 +74,7 @@ def first_screen(job: Job, memory: Any = None) -> Table:
     table.add_row(
         "data", f"{len(job.data.train):,} to train on, {len(job.data.held_out):,} held out; {examples} a step{micro}"
     )
-    if job.data.task == "next_token":
+    if job.data.task == "next_token" and job.data.summary is None:
         table.add_row("supervised", f"{supervised(job):.1%} of the tokens")
     table.add_row(
         "types", f"parameters {job.model.param_dtype}, activations {job.model.dtype}, remat {job.model.remat}"
@@ -74,9 +82,40 @@ def first_screen(job: Job, memory: Any = None) -> Table:
     device = job.mesh.devices.flat[0]
     axes = " × ".join(f"{name} {size}" for name, size in job.mesh.shape.items() if size > 1) or "no mesh"
     table.add_row("devices", f"{job.mesh.size} × {device.device_kind} ({axes})")
+    for line in undivided(job.base if job.subject.adapter is not None else job.state.trainable, job.mesh):
+        table.add_row("replicated", line)
     parts = job.bytes() | ({"temporaries": memory.temp_size_in_bytes} if memory is not None else {})
     table.add_row("memory", ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items()) + " a device")
     table.add_row("run", f"{config.run_dir}; stop with Ctrl-C, the same command continues")
+    return table
+
+
+def data_screen(summary: Summary) -> Table:
+    """What the rows hold: counts, what was left out or cut, and examples with the mask visible.
+
+    What the loss counts stands in ⟦ ⟧, so that plain text shows it too.
+    """
+    table = plain_table("the data")
+    for name, part in (("training", summary.train), ("held out", summary.held_out)):
+        rows = f" in {part.rows:,} rows" if part.rows != part.documents else ""
+        learnt = ""
+        if part.supervised is not None:
+            learnt = f"; supervised {share(part.supervised, part.tokens)}; {part.ends:,} end in a supervised eos"
+        table.add_row(
+            name,
+            f"{part.documents:,} documents{rows} of {summary.length}; tokens: median {part.median}, longest "
+            f"{part.longest}{learnt}",
+        )
+    for note in summary.notes:
+        table.add_row("", Text(note))
+    for warning in summary.warnings:
+        table.add_row("warning", Text(warning, style="yellow"))
+    for number, example in enumerate(summary.examples, 1):
+        shown = Text()
+        for text, learnt in example:
+            short = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+            shown.append(f"⟦{short}⟧" if learnt else short, style="bold green" if learnt else "dim")
+        table.add_row(f"example {number}", shown)
     return table
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.bind import bind
-from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.method import Method, Slope
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.training.loss import Loss, Sums
 
@@ -96,28 +96,41 @@ def train_step(
 
     def step(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), batch["id"].shape[0])
+        adapter = None if subject.adapter is None else subject.adapter_of(state.trainable, state.frozen)
+        probe = {} if adapter is None else adapter.method.probe(state.step, adapter)
+        silent = jax.tree.map(jnp.zeros_like, probe)
 
-        def sums_of(trainable: Tree, micro: Batch, key: PRNGKeyArray) -> tuple[Array, Sums]:
-            sums = subject.loss(subject.model(trainable, state.frozen, base, key), micro, True)
+        def sums_of(trainable: Tree, probe: Tree, micro: Batch, key: PRNGKeyArray) -> tuple[Array, Sums]:
+            model = subject.model(trainable, _with_probe(state.frozen, probe), base, key)
+            sums = subject.loss(model, micro, True)
             return sums["loss"], sums
 
-        gradient = jax.grad(sums_of, has_aux=True)
+        slope_of = jax.grad(sums_of, argnums=(0, 1), has_aux=True)
 
-        def accumulate(total: tuple, inputs: tuple) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.trainable, *inputs)), None
+        def gradient(trainable: Tree, chosen: Array | None = None) -> Slope:
+            examples = batch if chosen is None else batch | {"weight": chosen * batch.get("weight", 1.0)}
 
-        first = gradient(state.trainable, jax.tree.map(lambda leaf: leaf[0], batch), keys[0])
-        rest = jax.tree.map(lambda leaf: leaf[1:], (batch, keys))
-        (grads, sums), _ = jax.lax.scan(accumulate, first, rest) if len(keys) > 1 else (first, None)
-        weight = jnp.maximum(sums["weight"], 1e-8)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+            def accumulate(total: tuple, inputs: tuple) -> tuple[tuple, None]:
+                return jax.tree.map(jnp.add, total, slope_of(trainable, silent, *inputs)), None
+
+            first = slope_of(trainable, probe, jax.tree.map(lambda leaf: leaf[0], examples), keys[0])
+            rest = jax.tree.map(lambda leaf: leaf[1:], (examples, keys))
+            ((grads, measured), sums), _ = jax.lax.scan(accumulate, first, rest) if len(keys) > 1 else (first, None)
+            weight = _divisor(sums)
+            return Slope(jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), sums, measured)
+
+        slope = (
+            gradient(state.trainable) if adapter is None else adapter.method.gradients(gradient, adapter, batch["id"])
+        )
+        grads, sums, weight = slope.grads, slope.sums, _divisor(slope.sums)
         loss = sums["loss"] / weight
-        if subject.adapter is not None and type(subject.adapter.method).penalty is not Method.penalty:
-            penalty, slope = jax.value_and_grad(_penalty)(state.trainable, subject, state.frozen)
-            loss, grads = loss + penalty, jax.tree.map(jnp.add, grads, slope)
+        if adapter is not None and type(adapter.method).penalty is not Method.penalty:
+            penalty, pull = jax.value_and_grad(_penalty)(state.trainable, adapter)
+            loss, grads = loss + penalty, jax.tree.map(jnp.add, grads, pull)
         flags = [jnp.isfinite(loss)] + [jnp.isfinite(leaf).all() for leaf in flatten(grads).values()]
         finite = jnp.stack(flags)
-        new = _update(subject, tx, state, grads)
+        measured = {"probe": {"sites": slope.probe, "weight": weight}} if probe else {}
+        new = _update(subject, tx, state, grads, measured)
         state = jax.tree.map(lambda new, old: jnp.where(finite.all(), new, old), new, state)
         metrics = {"loss": loss, "accuracy": sums["correct"] / weight, "weight": sums["weight"]}
         return state, metrics | {"gradient_norm": optax.tree.norm(grads), "finite": finite}
@@ -125,19 +138,37 @@ def train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _penalty(trainable: Tree, subject: Subject, frozen: Tree) -> Array:
-    adapter = subject.adapter_of(trainable, frozen)
-    return jnp.asarray(adapter.method.penalty(adapter), jnp.float32)
+def _divisor(sums: Sums) -> Array:
+    """The weight by which sums become means."""
+    return jnp.maximum(sums["weight"], 1e-8)
 
 
-def _update(subject: Subject, tx: optax.GradientTransformation, state: TrainState, grads: Tree) -> TrainState:
+def _with_probe(frozen: Tree, probe: Tree) -> Tree:
+    """An adapter's frozen tensors with a method's probe among those of its sites."""
+    if not probe:
+        return frozen
+    sites = {path: frozen["sites"].get(path, {}) | leaves for path, leaves in probe.items()}
+    return frozen | {"sites": frozen["sites"] | sites}
+
+
+def _penalty(trainable: Tree, adapter: Adapter) -> Array:
+    return jnp.asarray(adapter.method.penalty(adapter.with_trainable(trainable)), jnp.float32)
+
+
+def _update(
+    subject: Subject, tx: optax.GradientTransformation, state: TrainState, grads: Tree, measured: Tree
+) -> TrainState:
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    trainable, frozen = optax.apply_updates(state.trainable, updates), state.frozen
-    if subject.adapter is not None:
-        adapter = subject.adapter_of(trainable, frozen)
-        adapter, opt_state = adapter.method.advance(state.step, adapter, grads, opt_state)
-        trainable, frozen = adapter.trainable, adapter.frozen
-    return TrainState(state.step + 1, trainable, frozen, opt_state, state.key)
+    if subject.adapter is None:
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state, state.key)
+    adapter = subject.adapter_of(state.trainable, state.frozen)
+    updates = adapter.method.allow(adapter, updates)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    adapter, opt_state = adapter.method.advance(
+        state.step, adapter.with_trainable(trainable), grads | measured, opt_state
+    )
+    return TrainState(state.step + 1, adapter.trainable, adapter.frozen, opt_state, state.key)
 
 
 def leaf_names(trainable: Tree) -> list[str]:

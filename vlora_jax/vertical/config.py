@@ -71,6 +71,8 @@ class Vertical(BaseModel):
             )
         if getattr(method, "dropout", 0.0):
             raise ValueError("a vertical increment takes no dropout: it is part of the model, not an adapter")
+        if getattr(method, "bias", False) or getattr(method, "varies", False):
+            raise ValueError("a vertical increment takes no bias and one rank and alpha for all layers of a target")
         if self.detach == "prev" and self.structure == "star":
             raise ValueError("detach=prev is for structure=chain; in a star it is detach=base")
         return self

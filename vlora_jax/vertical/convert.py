@@ -107,6 +107,7 @@ def fit(
     if not vertical.methods:
         return grid.astype(jnp.float32).mean(axis=1).astype(kernels.dtype), {}
     lora, *others = vertical.methods
+    lora.check_rank(site)  # type: ignore[attr-defined]  check() lets only LoRA through
     bases, factors = _fit_compounds(vertical, lora.for_site(site), iterations, grid)
     at_start = {method.name: method.init_stack(jax.random.key(0), site).trainable for method in others}
     return bases, {lora.name: factors} | at_start

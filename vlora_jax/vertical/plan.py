@@ -1,12 +1,7 @@
 """Factored or materialised: what an increment costs either way, and which is cheaper."""
 
-import math
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-
-from vlora_jax.adapters.method import SiteMethod
 from vlora_jax.adapters.sites import Site
 from vlora_jax.vertical.config import Vertical
 
@@ -43,8 +38,8 @@ def choose(vertical: Vertical, site: Site, tokens: int, train: bool) -> Choice:
     """
     active = vertical.increments if vertical.structure == "chain" else 1
     kernel = site.in_dim * site.out_dim
-    per_token = sum(active * flops_of(method.for_site(site), site)[0] for method in vertical.methods)
-    build = sum(active * (flops_of(method.for_site(site), site)[1] + kernel) for method in vertical.methods)
+    per_token = sum(active * method.for_site(site).flops(site)[0] for method in vertical.methods)
+    build = sum(active * (method.for_site(site).flops(site)[1] + kernel) for method in vertical.methods)
     factored, materialised = tokens * per_token, build
     if train:
         weight_gradient = 2.0 * tokens * kernel
@@ -53,12 +48,3 @@ def choose(vertical: Vertical, site: Site, tokens: int, train: bool) -> Choice:
     cheaper = factored <= materialised if vertical.path == "auto" else vertical.path == "factored"
     chains = vertical.structure == "chain" and not all(method.adds_up for method in vertical.methods)
     return Choice(site.path, cheaper and not chains, factored, materialised)
-
-
-def flops_of(method: SiteMethod, site: Site) -> tuple[float, float]:
-    """FLOPs of a method's `forward` for one token and of its `delta`, for one layer of a site."""
-    kernel = jax.ShapeDtypeStruct((site.in_dim, site.out_dim), jnp.float32) if method.reads_base else None
-    draw = lambda key, kernel: method.init_site(key, site, kernel).trainable
-    factors = jax.eval_shape(draw, jax.random.key(0), kernel)
-    numbers = sum(math.prod(leaf.shape) for leaf in factors.values())
-    return 2.0 * numbers, 2.0 * getattr(method, "rank", 1) * site.in_dim * site.out_dim

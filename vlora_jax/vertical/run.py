@@ -43,30 +43,31 @@ class Plan:
     written_out: bool
 
 
-def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Callable) -> Any:
+def run(plan: Plan, block: nnx.Module, increments: Increments, h: Any, call: Callable, each: Any = None) -> Any:
     """Apply all layers of a vertical stack.
 
     Args:
       block: the stacked block; `BaseKernel`s carry compounds first, all else layers first.
       increments: tensors `(compounds, increments, …)`.
       h: what the first layer receives.
-      call: `(block, h) → h`, one layer.
+      call: `(block, h, own part of each) → h`, one layer.
+      each: a pytree of `(layers, …)`, or None.
     """
     vertical, remat, outer = plan.vertical, plan.remat, plan.compound_remat
     graphdef, kernels, own = nnx.split(block, BaseKernel, ...)
     depth = jax.tree.leaves(kernels)[0].shape[0] * vertical.size
-    own = jax.tree.map(lambda leaf: vertical.grid(leaf, depth), own)
+    own = jax.tree.map(lambda leaf: vertical.grid(leaf, depth), (own, each))
     # Only a compound's first layer differs from the others; where it does not, one scan serves them all.
     peel = bool(vertical.methods) and (vertical.detached or not vertical.adapter_on_base)
     later = jnp.arange(int(peel), vertical.size)
 
-    def layer(first: bool, h: Any, kernels: nnx.State, own: nnx.State, tensors: Increments, index: Array | int) -> Any:
+    def layer(first: bool, h: Any, kernels: nnx.State, own: tuple, tensors: Increments, index: Array | int) -> Any:
         if vertical.detached and not first:
             kernels = jax.lax.stop_gradient(kernels)
-        module = nnx.merge(graphdef, kernels, own)
+        module = nnx.merge(graphdef, kernels, own[0])
         if vertical.methods and (vertical.adapter_on_base or not first):
             module = with_increments(plan, module, tensors, index)
-        return call(module, h)
+        return call(module, h, own[1])
 
     first_layer, later_layer = (remat(functools.partial(layer, first)) for first in (True, False))
 
