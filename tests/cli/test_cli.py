@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import call
+from compiling import QUICK
 from test_loop import TINY
 
 from vlora_jax.adapters.registry import METHODS
@@ -18,7 +19,7 @@ from vlora_jax.training.config import RunConfig
 from vlora_jax.training.runs import METRICS, read_metrics
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "GLIBC_TUNABLES": ""}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": QUICK, "GLIBC_TUNABLES": ""}
 
 
 ADAPTER = ["adapter.method=lora"]

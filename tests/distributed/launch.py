@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from compiling import QUICK
+
 import vlora_jax
 
 
@@ -37,7 +39,7 @@ def launch(folder: Path, *command: str, count: int = 2, devices: int = 4, absent
     common = os.environ | {
         "PYTHONPATH": str(Path(vlora_jax.__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
         "JAX_NUM_PROCESSES": str(count),
