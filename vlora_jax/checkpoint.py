@@ -324,10 +324,15 @@ def digest(path: Path) -> str:
 
 def fingerprint(tree: Tree) -> str:
     """A short hash of names, shapes, dtypes and values of a parameter tree, the same on any mesh."""
-    sums = jax.jit(lambda tree: jax.tree.map(checksum, tree))(tree)
+    sums = _checksums(tree)
     text = [f"{path} {leaf.shape} {leaf.dtype}" for path, leaf in flatten(tree).items()]
     values = [int(value) for value in jax.device_get(list(flatten(sums).values()))]
     return hashlib.sha256(json.dumps([text, values]).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(tree: Tree) -> Tree:
+    return jax.tree.map(checksum, tree)
 
 
 def checksum(leaf: Array) -> UInt32[Array, ""]:

@@ -44,8 +44,12 @@ def new(name, **options):
     """An adapter with random values on three kernels of the tiny Llama."""
     fields = METHODS[name].__dataclass_fields__
     small = {key: value for key, value in SMALL.items() if key in fields} | OPTIONS.get(name, {})
-    method = METHODS[name](**{"targets": ["q", "v", "down"]} | small | options)
-    return moved(vj.init(method, jax.random.key(0), model()[1]))
+    return drawn(METHODS[name](**{"targets": ["q", "v", "down"]} | small | options))
+
+
+@functools.cache
+def drawn(method):
+    return moved(jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(model()[1]))
 
 
 def written(name, folder, **options):

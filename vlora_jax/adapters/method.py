@@ -5,6 +5,7 @@ checkpoints, inspection) is written once over this contract.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from abc import ABC, abstractmethod
@@ -252,10 +253,10 @@ class SiteMethod(Method):
 
     def init_stack(self, key: PRNGKeyArray, site: Site, kernel: Array | None = None) -> Factors:
         """Factors of all layers of a site, each drawn on its own; `kernel` is `(*stack, in, out)` or None."""
-        method = self.for_site(site)
-        keys = jax.random.split(key, site.stack)
-        over = over_stack if kernel is None else one_by_one
-        return over(lambda key, kernel: method.init_site(key, site, kernel), len(site.stack))(keys, kernel)
+        method, keys = self.for_site(site), jax.random.split(key, site.stack)
+        if kernel is not None:
+            return _init_from_kernels(method, site, keys, kernel)
+        return over_stack(lambda key: method.init_site(key, site, None), len(site.stack))(keys)
 
     def flops(self, site: Site) -> tuple[float, float]:
         """FLOPs of `forward` for one token and of `delta`, for one layer of a site; an estimate by its numbers.
@@ -266,6 +267,12 @@ class SiteMethod(Method):
         draw = lambda key, kernel: self.init_site(key, site, kernel).trainable
         numbers = sum(math.prod(leaf.shape) for leaf in jax.eval_shape(draw, jax.random.key(0), kernel).values())
         return 2.0 * numbers, 2.0 * getattr(self, "rank", 1) * site.in_dim * site.out_dim
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # a loop outside of jit would be compiled anew by every call
+def _init_from_kernels(method: SiteMethod, site: Site, keys: Array, kernels: Array) -> Factors:
+    start = lambda key, kernel: method.init_site(key, site, kernel)
+    return one_by_one(start, len(site.stack))(keys, kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
