@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vlora_jax.inspection.sheets import Column, Sheet, decimals, percent, shape, shapes, spread, thousands
+from vlora_jax.inspection.sheets import FOUR, SIX, THREE, TWO, Column, Sheet, percent, shape, shapes, spread, thousands
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class Kind:
 
 
 PATH, LAYER = Column("path", "path", numeric=False), Column("layer", "layer")
-NUMBERS, NORM = Column("numbers", "numbers", thousands), Column("norm", "‖ΔW‖", decimals(4))
+NUMBERS, NORM = Column("numbers", "numbers", thousands), Column("norm", "‖ΔW‖", FOUR)
 KINDS = {
     "changes": Kind(
         "Changes",
-        "Rank is the exponential of the entropy of ΔW's singular values (Roy and Vetterli 2007): 1 for one direction, r "
-        "for r equal ones. Energy is the share of ‖ΔW‖² in the leading directions. Dead directions carry less than a "
-        "thousandth of the strongest.",
+        "Rank is the exponential of the entropy of ΔW's singular values (Roy and Vetterli 2007): 1 for one direction, "
+        "r for r equal ones. Energy is the share of ‖ΔW‖² in the leading directions. Dead directions carry less than "
+        "a thousandth of the strongest.",
         (
             PATH, LAYER, Column("shapes", "shapes", shapes, numeric=False), NUMBERS, NORM,
-            Column("relative", "‖ΔW‖/‖W‖", decimals(4)), Column("rank", "rank (low–high)", spread),
+            Column("relative", "‖ΔW‖/‖W‖", FOUR), Column("rank", "rank (low–high)", spread),
             Column("energy", "energy", percent), Column("dead", "dead", thousands),
         ),
     ),
@@ -34,7 +34,7 @@ KINDS = {
         "Rms is the root mean square of the entries.",
         (
             PATH, Column("shape", "shape", shape, numeric=False), Column("dtype", "type", numeric=False), NUMBERS,
-            Column("rms", "rms", decimals(4)),
+            Column("rms", "rms", FOUR),
         ),
     ),
     "alignment": Kind(
@@ -44,7 +44,7 @@ KINDS = {
         (
             PATH, LAYER, Column("input", "input side", percent), Column("chance_input", "chance", percent),
             Column("output", "output side", percent), Column("chance_output", "chance", percent),
-            Column("amplification", "amplification", decimals(2)),
+            Column("amplification", "amplification", TWO),
         ),
     ),
     "intruders": Kind(
@@ -65,36 +65,36 @@ KINDS = {
         "Saturation is the share of a vector's entries that do the work: 1 if all are equally large.",
         (
             PATH, Column("name", "vector", numeric=False), LAYER, Column("size", "size", thousands),
-            Column("rms", "rms", decimals(4)), Column("spread", "spread", decimals(2)),
+            Column("rms", "rms", FOUR), Column("spread", "spread", TWO),
             Column("saturation", "saturation", percent), Column("small", "near zero", percent),
         ),
     ),
     "drift": Kind(
         "Drift over the checkpoints",
-        "How each change came about: how far it moved since the checkpoint before, as a share of the last one's norm, and "
-        "how like the last one it was already.",
+        "How each change came about: how far it moved since the checkpoint before, as a share of the last one's norm, "
+        "and how like the last one it was already.",
         (
             PATH, Column("step", "step", thousands), NORM, Column("moved", "moved", percent),
-            Column("cosine", "cosine to last", decimals(3)), Column("output", "φ to last", decimals(3)),
+            Column("cosine", "cosine to last", THREE), Column("output", "φ to last", THREE),
         ),
     ),
     "diff": Kind(
         "Changes beside each other",
-        "Distance is ‖ΔW' - ΔW‖ / ‖ΔW‖; φ is the overlap of the subspaces on either side (arXiv 2106.09685, equation 4), "
-        "chance what independent ones have on average.",
+        "Distance is ‖ΔW' - ΔW‖ / ‖ΔW‖; φ is the overlap of the subspaces on either side (arXiv 2106.09685, equation "
+        "4), chance what independent ones have on average.",
         (
-            PATH, LAYER, NORM, Column("other_norm", "‖ΔW'‖", decimals(4)), Column("distance", "distance", decimals(3)),
-            Column("cosine", "cosine", decimals(3)), Column("input", "φ input", decimals(3)),
-            Column("chance_input", "chance", decimals(3)), Column("output", "φ output", decimals(3)),
-            Column("chance_output", "chance", decimals(3)),
+            PATH, LAYER, NORM, Column("other_norm", "‖ΔW'‖", FOUR), Column("distance", "distance", THREE),
+            Column("cosine", "cosine", THREE), Column("input", "φ input", THREE),
+            Column("chance_input", "chance", THREE), Column("output", "φ output", THREE),
+            Column("chance_output", "chance", THREE),
         ),
     ),
     "parameter_diff": Kind(
         "Parameters beside each other",
         "Distance is ‖θ' - θ‖ / ‖θ‖.",
         (
-            PATH, Column("shape", "shape", shape, numeric=False), Column("distance", "distance", decimals(4)),
-            Column("cosine", "cosine", decimals(6)),
+            PATH, Column("shape", "shape", shape, numeric=False), Column("distance", "distance", FOUR),
+            Column("cosine", "cosine", SIX),
         ),
     ),
 }  # fmt: skip

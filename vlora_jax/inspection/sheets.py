@@ -155,6 +155,9 @@ def decimals(places: int) -> Callable[[float], str]:
     )
 
 
+TWO, THREE, FOUR, SIX = map(decimals, (2, 3, 4, 6))
+
+
 def percent(value: float) -> str:
     return f"{value:.1%}"
 

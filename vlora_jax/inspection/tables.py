@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.sites import find_sites
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.errors import BaseMismatchError
-from vlora_jax.inspection.spectra import Spectrum, adapter_spectra, energy, vertical_spectra, vertical_targets
+from vlora_jax.inspection.spectra import Spectrum, adapter_spectra, energy, norms, vertical_spectra, vertical_targets
 
 LEADING = 4
 Shapes = dict[str, tuple[int, ...]]
@@ -75,6 +76,15 @@ class ParameterRow:
     dtype: str
     numbers: int
     rms: float | None
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One layer's kernel of a model; `rms` is the root mean square of its entries."""
+
+    path: str
+    layer: int | None
+    rms: float
 
 
 def adapter_rows(
@@ -152,6 +162,20 @@ def parameter_rows(params: Tree) -> list[ParameterRow]:
         )
         for path, leaf in leaves.items()
     ]
+
+
+def kernel_rows(params: Tree) -> list[KernelRow]:
+    """A row for each layer of every kernel of a model that is not vertical (`vlora_jax.expand` it).
+
+    >>> kernel_rows({"head": {"kernel": jnp.full((2, 3), -0.5)}})
+    [KernelRow(path='head', layer=None, rms=0.5)]
+    """
+    leaves, rows = flatten(params), []
+    for site in find_sites(params):
+        sizes = np.asarray(norms(site.read(leaves))).reshape(-1) / math.sqrt(site.in_dim * site.out_dim)
+        layers = range(site.layers) if site.stack else (None,)
+        rows += [KernelRow(site.path, layer, float(rms)) for layer, rms in zip(layers, sizes, strict=True)]
+    return rows
 
 
 def _measured(
