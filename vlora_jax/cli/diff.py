@@ -14,7 +14,7 @@ from vlora_jax.inspection.report.page import Report
 from vlora_jax.inspection.report.views import grid_heat, heat_of
 from vlora_jax.inspection.sheets import THREE, Sheet, arranged
 from vlora_jax.inspection.similarity import DiffRow, ParameterDiff, diff_rows, parameter_diffs, subspace_grids
-from vlora_jax.training.subjects import Subject, check_comparable, open_subject
+from vlora_jax.training.subjects import Subject, check_comparable, is_peft, open_subject
 
 
 def command(
@@ -48,10 +48,7 @@ def command(
       vlora-jax diff runs/mine/checkpoints/100 runs/mine/checkpoints/400 --layers --where 'attn'
       vlora-jax diff path/to/peft runs/mine --html diff.html
     """
-    first, second = (
-        open_subject(each, base=base if (Path(each) / "adapter_config.json").is_file() else None)
-        for each in (one, other)
-    )
+    first, second = (open_subject(each, base=base if is_peft(each) else None) for each in (one, other))
     check_comparable(first, second)
     sheets = arranged(sheets_of(first, second, layers), where, sort, top)
     about = {"one": one, "other": other}
@@ -65,10 +62,8 @@ def sheets_of(first: Subject, second: Subject, layers: bool) -> list[Sheet]:
     one, other = first.adapter, second.adapter
     if one is None or other is None:
         return [sheet("parameter_diff", parameter_diffs(first.base, second.base))]
-    return [
-        sheet("diff", changes_beside(first, second, layers), layers),
-        sheet("parameter_diff", whole_beside(one, other)),
-    ]
+    rows = changes_beside(first, second, layers)
+    return [sheet("diff", rows, layers), sheet("parameter_diff", whole_beside(one, other))]
 
 
 def changes_beside(first: Subject, second: Subject, layers: bool) -> list[DiffRow]:
@@ -98,17 +93,14 @@ def report_of(first: Subject, second: Subject, sheets: list[Sheet]) -> Report:
         ]
         grids = list(subspace_grids(one, other, first.dense_base).values())
         if grids:
-            sides = [min(grid.shape[axis] for grid in grids) for axis in (0, 1)]
-            mean = np.mean([grid[: sides[0], : sides[1]] for grid in grids], axis=0)
+            sizes = [min(grid.shape[axis] for grid in grids) for axis in (0, 1)]
+            mean = np.mean([grid[: sizes[0], : sizes[1]] for grid in grids], axis=0)
             heats.append(grid_heat("φ(i, j) of the leading i and j output-side directions, mean of all kernels", mean))
         for name in ("cosine", "output", "chance_output", "distance"):
             known = [value for row in rows if (value := getattr(row, name)) is not None]
             facts += [(f"mean {name.replace('_', ' ')}", f"{np.mean(known):.3f}")] if known else []
-    about = [
-        (f"{side}: {name}", value)
-        for side, each in (("one", first), ("other", second))
-        for name, value in about_of(each)
-    ]
+    sides = (("one", first), ("other", second))
+    about = [(f"{side}: {name}", value) for side, each in sides for name, value in about_of(each)]
     return Report(
         title="Two beside each other",
         lead=f"{title_of(first)}  against  {title_of(second)}",

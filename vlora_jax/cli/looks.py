@@ -30,6 +30,7 @@ from vlora_jax.inspection.tables import (
 from vlora_jax.inspection.vectors import vector_rows
 from vlora_jax.training.results import adapters_of
 from vlora_jax.training.runs import whole_metrics
+from vlora_jax.training.screens import outcome
 from vlora_jax.training.subjects import Subject
 
 NEED_BASE = ("alignment", "intruders", "merge")
@@ -69,9 +70,8 @@ def sheets_of(subject: Subject, layers: bool, further: Sequence[str], leading: i
     for name in further:
         if base is None and name in NEED_BASE:
             raise BaseMismatchError(f"the table {name} needs the base: {subject.missing}")
-        sheets.append(
-            sheet(name, [row for each in subject.adapters for row in ALSO[name](subject, base, each, leading)])
-        )
+        rows = [row for adapter in subject.adapters for row in ALSO[name](subject, base, adapter, leading)]
+        sheets.append(sheet(name, rows))
     return sheets
 
 
@@ -184,9 +184,7 @@ def facts_of(subject: Subject, rows: Sequence[ChangeRow]) -> tuple[tuple[str, st
         facts.append(("dead directions", f"{sum(row.dead or 0 for row in rows):,} of {directions:,}"))
     best = subject.trained.about.get("best") if subject.trained is not None else None
     if best:
-        facts.append(
-            ("best held out", f"accuracy {best['accuracy']:.2%}, loss {best['loss']:.4f}, step {best['step']}")
-        )
+        facts.append(("best held out", f"{outcome(best)}, step {best['step']}"))
     return tuple(facts)
 
 
@@ -194,9 +192,8 @@ def about_of(subject: Subject) -> tuple[tuple[str, str], ...]:
     """Where it comes from."""
     saved = subject.trained.about if subject.trained is not None else subject.about
     pairs = {"looked at": subject.where, "kind": subject.kind, "base": subject.missing or saved.get("base") or "found"}
-    pairs |= {
-        name.replace("_", " "): saved[name] for name in ("base_fingerprint", "data_fingerprint") if saved.get(name)
-    }
+    prints = {f"{name} fingerprint": saved.get(f"{name}_fingerprint") for name in ("base", "data")}
+    pairs |= {name: value for name, value in prints.items() if value}
     pairs |= {f"trained with {name}": version for name, version in (saved.get("versions") or {}).items()}
     if "progress" in saved:
         pairs["seconds"] = f"{saved['progress']['seconds']:.1f}"

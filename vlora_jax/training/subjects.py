@@ -74,20 +74,24 @@ def open_subject(where: str, step: int | None = None, base: str | None = None) -
         if step not in (None, int(path.name)):
             raise ConfigError(f"{where} is checkpoint {path.name}; leave --step out, or give the run's directory")
         path, step = path.parents[1], int(path.name)
-    is_peft = (path / PEFT_CONFIG).is_file()
-    if base is not None and not is_peft:
+    if base is not None and not is_peft(where):
         raise ConfigError(f"{where} is no adapter of PEFT, so it takes no --base")
     if (path / CONFIG).is_file():
         return _of_run(where, read_run(path, step))
     if step is not None:
         raise ConfigError(f"{where} is no run, so it has no checkpoint of step {step}")
-    if is_peft:
+    if is_peft(where):
         return _of_peft(where, base or source_of(path))
     if path.is_dir() and not any(path.iterdir()):
         raise CheckpointError(f"{where} is empty: there is no run, adapter or model in it")
     opened = open_model(where)
     about = {"model": opened.config.model_dump(mode="json")}
     return Subject(where, "model", opened.graphdef, opened.base, about=about)
+
+
+def is_peft(where: str) -> bool:
+    """Whether a directory holds an adapter of PEFT."""
+    return (Path(where) / PEFT_CONFIG).is_file()
 
 
 def _of_run(where: str, trained: Trained) -> Subject:

@@ -13,7 +13,7 @@ POINTS = 600  # of a line at most
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One module: its path, a short label, and a value for each layer; a single value for a kernel that is not stacked."""
+    """One module: its path, a short label, and a value for each layer; a single one if the kernel is not stacked."""
 
     path: str
     label: str
@@ -26,7 +26,7 @@ class Heat:
 
     Attributes:
       columns: what the columns are called; `axis` says what they are.
-      low, high: values of the two ends of the scale; the data's own (from zero, unless they lie close together) with None.
+      low, high: the two ends of the scale; with None the data's own, from zero unless they lie close together.
     """
 
     title: str
@@ -74,8 +74,8 @@ def heat_map(heat: Heat) -> str:
     )
     return (
         f'<figure class="heat"><figcaption>{html.escape(heat.title)}</figcaption><div class="scroll">'
-        f'<div class="grid" style="--columns:{len(heat.columns)}">{"".join(lines)}<span>{heat.axis}</span>{numbers}</div>'
-        f'</div><p class="scale">{heat.form(low)}<i></i>{heat.form(high)}<output></output></p></figure>'
+        f'<div class="grid" style="--columns:{len(heat.columns)}">{"".join(lines)}<span>{heat.axis}</span>{numbers}'
+        f'</div></div><p class="scale">{heat.form(low)}<i></i>{heat.form(high)}<output></output></p></figure>'
     )
 
 
@@ -158,9 +158,8 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _cell(name: str, value: float | None, low: float, high: float, form: Form, whole: str) -> str:
     if value is None:
         return f'<i class="none" style="--p:0%{whole}" title="{html.escape(name)}: unknown"></i>'
-    share = (
-        min(max((value - low) / (high - low), 0.0), 1.0) if high > low and math.isfinite(value) else float(value > low)
-    )
+    known = high > low and math.isfinite(value)
+    share = min(max((value - low) / (high - low), 0.0), 1.0) if known else float(value > low)
     spoken = html.escape(f"{name}: {form(value)}")
     return f'<i style="--p:{share:.1%}{whole}" data-value="{value:.6g}" title="{spoken}"></i>'
 
@@ -185,4 +184,5 @@ def _line(series: Series, points: Sequence[tuple[float, float]]) -> str:
     shade = "" if series.shade is None else f' style="--p:{series.shade:.0%}"'
     path = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
     dots = "".join(f'<path class="dot" d="M{x:.2f} {y:.2f}h0"/>' for x, y in points) if series.dots else ""
-    return f'<g class="{series.style}"{shade}><title>{html.escape(series.name)}</title><polyline points="{path}"/>{dots}</g>'
+    name = f"<title>{html.escape(series.name)}</title>"
+    return f'<g class="{series.style}"{shade}>{name}<polyline points="{path}"/>{dots}</g>'

@@ -69,8 +69,8 @@ def table(sheet: Sheet) -> str:
     )
     foot = f"<tfoot><tr>{total}</tr></tfoot>" if sheet.total else ""
     return (
-        f'<p class="note">{html.escape(sheet.legend)}</p><div class="scroll"><table id="{sheet.key}"><thead><tr>{head}</tr>'
-        f"</thead><tbody>{body}</tbody>{foot}</table></div>"
+        f'<p class="note">{html.escape(sheet.legend)}</p><div class="scroll"><table id="{sheet.key}">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
     )
 
 
