@@ -22,14 +22,14 @@ class Change:
     """What one kernel is changed by in all its layers, as thin SVDs: ΔW = u diag(values) v.
 
     Attributes:
-      u: `(layers, in, k)`, orthonormal columns.
+      u: `(layers, in, k)`, orthonormal columns; a single layer has no axis of layers.
       values: `(layers, k)`, largest first.
       v: `(layers, k, out)`, orthonormal rows.
     """
 
-    u: Float[Array, "layers in k"]
-    values: Float[Array, "layers k"]
-    v: Float[Array, "layers k out"]
+    u: Float[Array, "*layers in k"]
+    values: Float[Array, "*layers k"]
+    v: Float[Array, "*layers k out"]
 
 
 @dataclass(frozen=True)

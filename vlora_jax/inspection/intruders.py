@@ -111,11 +111,11 @@ def reduce_intruders(
 class _Leading:
     """The top of W + ΔW in every layer, and how like W's its vectors are."""
 
-    u: Float[Array, "layers in top"]
-    values: Float[Array, "layers top"]
-    v: Float[Array, "layers top out"]
-    output: Float[Array, "layers top"]
-    input: Float[Array, "layers top"]
+    u: Float[Array, "*layers in top"]
+    values: Float[Array, "*layers top"]
+    v: Float[Array, "*layers top out"]
+    output: Float[Array, "*layers top"]
+    input: Float[Array, "*layers top"]
 
 
 def _each(base: Tree, adapter: Adapter, top: int, epsilon: float) -> Iterator[tuple[Part, Change, _Leading]]:

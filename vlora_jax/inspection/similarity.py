@@ -132,7 +132,7 @@ def parameter_diffs(one: Tree, other: Tree) -> list[ParameterDiff]:
       BaseMismatchError: they do not have the same parameters, or one has another shape.
     """
     leaves, others = flatten(one), flatten(other)
-    for path in leaves.keys() ^ others.keys():
+    for path in sorted(leaves.keys() ^ others.keys()):
         near = ", ".join(nearest(path, others if path in leaves else leaves))
         raise BaseMismatchError(f"only one of the models has {path}; nearest in the other: {near}")
     rows = []

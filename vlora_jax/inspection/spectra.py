@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,11 @@ class Spectrum:
         return alive(self.values).sum(-1)
 
 
-def alive(values: np.ndarray) -> np.ndarray:
+def alive(values: Any) -> Any:
     """Which directions count: those whose singular value is above a thousandth of the largest; the others are dead.
+
+    Args:
+      values: singular values `(…, k)`, largest first; NumPy's or JAX's.
 
     >>> alive(np.array([[2.0, 1.0, 1e-4], [0.0, 0.0, 0.0]])).tolist()
     [[True, True, False], [False, False, False]]

@@ -38,8 +38,10 @@ class VectorRow:
 def vector_rows(adapter: Adapter) -> list[VectorRow]:
     """A row for each layer of each trained vector of an adapter; matrices have spectra instead.
 
-    >>> vector_rows(Adapter.of(None, [], trainable={}, shared={"d": np.array([1.0, -1.0, 0.0, 0.0])}))[0].saturation
-    0.5
+    >>> import jax.numpy as jnp
+    >>> shared = {"d": jnp.array([1.0, -1.0, 0.0, 0.0])}
+    >>> [row.saturation for row in vector_rows(Adapter.of(None, [], trainable={}, shared=shared))]
+    [0.5]
     """
     rows = []
     for site in adapter.sites:
