@@ -51,9 +51,8 @@ class Page(HTMLParser):
             self.open.append(element)
 
     def handle_startendtag(self, tag, attributes):
-        self.elements.append(
-            {"tag": tag, "text": "", "within": [each["tag"] for each in self.open], **dict(attributes)}
-        )
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop()["tag"] == tag
@@ -73,9 +72,13 @@ def page() -> Page:
     report = Report(
         title="runs/<x>: adapter at step 40",
         lead="lora & more",
-        facts=(("numbers", "16"),),
+        facts=(("numbers", "16", "of 99"),),
         heats=(heat_of("‖ΔW‖ / ‖W‖", ROWS, "relative"), grid_heat("φ", np.array([[0.25, 0.5]]))),
-        charts=(("Training", tuple(curves(RECORDS))), ("Spectra", tuple(spectrum_charts(spectra))), ("Nothing", ())),
+        charts=(
+            ("Training", "", tuple(curves(RECORDS))),
+            ("Spectra", "a line a layer", tuple(spectrum_charts(spectra))),
+            ("Nothing", "", ()),
+        ),
         sheets=(sheet("changes", ROWS), sheet("parameters", [])),
         about=(("step", "40"),),
         config="a: <b>\n",
@@ -84,9 +87,7 @@ def page() -> Page:
 
 
 def test_every_cell_of_the_heat_map_is_a_row(page):
-    cells = [
-        e for e in page.all("i") if ("title" in e and "layer" in e["title"]) or e.get("title", "").startswith("head")
-    ]
+    cells = [e for e in page.all("i") if e.get("title", "").startswith(tuple(SIZES))]
     told = {e["title"].rpartition(": ")[0]: e.get("data-value") for e in cells}
     for row in ROWS:
         name = row.path if row.layer is None else f"{row.path}, layer {row.layer}"

@@ -94,9 +94,7 @@ def test_kernels_of_one_adapter_only_are_said_to_be_so():
 
 def test_no_change_is_like_nothing():
     one = random_lora(RANK)
-    (row,) = diff_rows(
-        one, one.with_trainable({"sites": {"w": one.factors("w") | {"b": jnp.zeros((DEPTH, RANK, OUT))}}})
-    )
+    (row,) = diff_rows(one, planted("w", one.factors("w")["a"], np.zeros((DEPTH, RANK, OUT))))
     assert (row.other_norm, row.distance) == pytest.approx((0.0, 1.0))
     assert (row.cosine, row.input, row.output) == (None, None, None)
 

@@ -1,7 +1,7 @@
 """`vlora-jax diff`: two adapters, checkpoints or models beside each other."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -10,6 +10,7 @@ from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.cli.looks import about_of, title_of
 from vlora_jax.cli.shown import show
 from vlora_jax.inspection.kinds import sheet
+from vlora_jax.inspection.report.charts import Heat
 from vlora_jax.inspection.report.page import Report
 from vlora_jax.inspection.report.views import grid_heat, heat_of
 from vlora_jax.inspection.sheets import THREE, Sheet, arranged
@@ -82,31 +83,47 @@ def whole_beside(one: Adapter, other: Adapter) -> list[ParameterDiff]:
 
 def report_of(first: Subject, second: Subject, sheets: list[Sheet]) -> Report:
     """Two subjects' page."""
-    one, other, heats = first.adapter, second.adapter, []
-    facts: list[tuple[str, Any]] = []
-    if one is not None and other is not None:
-        rows = changes_beside(first, second, layers=True)
-        heats += [
-            heat_of("Cosine of the changes", rows, "cosine", THREE, -1.0, 1.0),
-            heat_of("φ of the output-side subspaces", rows, "output", THREE, 0.0, 1.0),
-            heat_of("φ of the input-side subspaces", rows, "input", THREE, 0.0, 1.0),
-        ]
-        grids = list(subspace_grids(one, other, first.dense_base).values())
-        if grids:
-            sizes = [min(grid.shape[axis] for grid in grids) for axis in (0, 1)]
-            mean = np.mean([grid[: sizes[0], : sizes[1]] for grid in grids], axis=0)
-            heats.append(grid_heat("φ(i, j) of the leading i and j output-side directions, mean of all kernels", mean))
-        for name in ("cosine", "output", "chance_output", "distance"):
-            known = [value for row in rows if (value := getattr(row, name)) is not None]
-            facts += [(f"mean {name.replace('_', ' ')}", f"{np.mean(known):.3f}")] if known else []
+    both = first.adapter is not None and second.adapter is not None
+    rows = changes_beside(first, second, layers=True) if both else []
     sides = (("one", first), ("other", second))
-    about = [(f"{side}: {name}", value) for side, each in sides for name, value in about_of(each)]
     return Report(
         title="Two beside each other",
         lead=f"{title_of(first)}  against  {title_of(second)}",
-        facts=tuple(facts),
-        heats=tuple(heat for heat in heats if heat is not None),
+        facts=facts_of(rows),
+        heats=heats_of(first, second, rows) if both else (),
         charts=(),
         sheets=tuple(sheets),
-        about=tuple(about),
+        about=tuple((f"{side}: {name}", value) for side, each in sides for name, value in about_of(each)),
     )
+
+
+def facts_of(rows: list[DiffRow]) -> tuple[tuple[str, str, str], ...]:
+    """Means over layers and kernels."""
+    mean = lambda field: (
+        THREE(float(np.mean(known))) if (known := [v for row in rows if (v := getattr(row, field)) is not None]) else ""
+    )
+    chance = "independent ones: {}".format
+    facts = (
+        ("mean cosine", mean("cosine"), "of the changes"),
+        ("mean distance", mean("distance"), "relative to the first"),
+        ("mean φ, input side", mean("input"), chance(mean("chance_input"))),
+        ("mean φ, output side", mean("output"), chance(mean("chance_output"))),
+    )
+    return tuple(fact for fact in facts if fact[1])
+
+
+def heats_of(first: Subject, second: Subject, rows: list[DiffRow]) -> tuple[Heat, ...]:
+    """Where two adapters are alike, and how alike their leading directions are."""
+    one, other = first.adapter, second.adapter
+    assert one is not None and other is not None  # noqa: PT018  both are adapters here
+    found = [
+        heat_of("Cosine of the changes", rows, "cosine", THREE, -1.0, 1.0),
+        heat_of("φ of the input-side subspaces", rows, "input", THREE, 0.0, 1.0),
+        heat_of("φ of the output-side subspaces", rows, "output", THREE, 0.0, 1.0),
+    ]
+    grids = list(subspace_grids(one, other, first.dense_base).values())
+    if grids:
+        sizes = [min(grid.shape[axis] for grid in grids) for axis in (0, 1)]
+        mean = np.mean([grid[: sizes[0], : sizes[1]] for grid in grids], axis=0)
+        found.append(grid_heat("φ(i, j) of the leading i and j output-side directions, mean of all kernels", mean))
+    return tuple(heat for heat in found if heat is not None)

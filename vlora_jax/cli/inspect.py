@@ -81,14 +81,15 @@ def command(
         raise ConfigError("--mesh is for --specs")
     subject = open_subject(what, step, base)
     further, first = list(dict.fromkeys([*(also or ()), *(only or ())])), not only
-    sheets = arranged(sheets_of(subject, layers, further, leading, first), where, sort, top)
+    everything = sheets_of(subject, layers, further, leading, first)
+    sheets = arranged(everything, where, sort, top)
     about = {"run": what, "step": subject.about.get("step"), "base": subject.missing or "found"}
     show(
         title_of(subject),
         notes_of(subject),
         about,
         sheets,
-        lambda: report_of(subject, sheets),
+        lambda: report_of(subject, sheets, everything),
         as_json=as_json,
         as_csv=as_csv,
         page=html,

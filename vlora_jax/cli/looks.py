@@ -30,9 +30,9 @@ from vlora_jax.inspection.tables import (
 from vlora_jax.inspection.vectors import vector_rows
 from vlora_jax.training.results import adapters_of
 from vlora_jax.training.runs import whole_metrics
-from vlora_jax.training.screens import outcome
 from vlora_jax.training.subjects import Subject
 
+LINES = "Singular values of ΔW, one line a layer: the first ones faint, the last ones strong."
 NEED_BASE = ("alignment", "intruders", "merge")
 ALSO: dict[str, Callable[[Subject, Tree | None, Adapter, int], list[Any]]] = {
     "alignment": lambda subject, base, adapter, leading: alignment_rows(base, adapter, leading),
@@ -103,8 +103,12 @@ def notes_of(subject: Subject) -> list[str]:
     return notes + [f"{name} depends on the input: it has no ΔW to be measured" for name in gated]
 
 
-def report_of(subject: Subject, sheets: Sequence[Sheet]) -> Report:
+def report_of(subject: Subject, sheets: Sequence[Sheet], everything: Sequence[Sheet]) -> Report:
     """A subject's page.
+
+    Args:
+      sheets: as they were asked for, for the tables.
+      everything: with all of their rows, for the heat maps.
 
     Raises:
       CheckpointError: the run's metrics are damaged.
@@ -117,8 +121,8 @@ def report_of(subject: Subject, sheets: Sequence[Sheet]) -> Report:
         title=title_of(subject),
         lead=lead_of(subject),
         facts=facts_of(subject, rows),
-        heats=heats_of(rows, sheets) if rows else heats_of_model(subject),
-        charts=(("Training", tuple(curves(records))), ("Spectra", tuple(spectrum_charts(spectra)))),
+        heats=heats_of(rows, everything) if rows else heats_of_model(subject),
+        charts=(("Training", "", tuple(curves(records))), ("Spectra", LINES, tuple(spectrum_charts(spectra)))),
         sheets=tuple(sheets),
         about=about_of(subject),
         config="" if trained is None else yaml.safe_dump(trained.config.plain(), sort_keys=False, allow_unicode=True),
@@ -165,26 +169,26 @@ def lead_of(subject: Subject) -> str:
     return "; ".join(parts) or "a model of transformers"
 
 
-def facts_of(subject: Subject, rows: Sequence[ChangeRow]) -> tuple[tuple[str, str], ...]:
+def facts_of(subject: Subject, rows: Sequence[ChangeRow]) -> tuple[tuple[str, str, str], ...]:
     """The figures to see first."""
     whole = 0 if subject.base is None else count(subject.base)
     trained = sum(map(count, subject.adapters))
-    share = f" ({trained / whole:.2%})" if whole else ""
-    facts = [("numbers trained", f"{trained:,}{share}")] if subject.adapters else []
-    facts += [("parameters", f"{whole:,}")] if whole else []
+    share = f"{trained / whole:.2%} of the model's" if whole else ""
+    facts = [("numbers trained", f"{trained:,}", share)] if subject.adapters else []
+    facts += [("parameters", f"{whole:,}", "")] if whole else []
     known = [row for row in rows if row.relative is not None]
     if known:
         most = max(known, key=lambda row: row.relative or 0.0)
         layer = "" if most.layer is None else f", layer {most.layer}"
-        facts.append(("largest ‖ΔW‖/‖W‖", f"{FOUR(most.relative or 0.0)} at {most.path}{layer}"))
+        facts.append(("largest ‖ΔW‖/‖W‖", FOUR(most.relative or 0.0), f"{most.path}{layer}"))
     ranks = [row.rank.mean for row in rows if row.rank is not None]
-    directions = sum(row.directions or 0 for row in rows)
     if ranks:
-        facts.append(("mean effective rank", f"{np.mean(ranks):.2f}"))
-        facts.append(("dead directions", f"{sum(row.dead or 0 for row in rows):,} of {directions:,}"))
+        directions = sum(row.directions or 0 for row in rows)
+        facts.append(("mean effective rank", TWO(float(np.mean(ranks))), f"{min(ranks):.2f} to {max(ranks):.2f}"))
+        facts.append(("dead directions", f"{sum(row.dead or 0 for row in rows):,}", f"of {directions:,}"))
     best = subject.trained.about.get("best") if subject.trained is not None else None
     if best:
-        facts.append(("best held out", f"{outcome(best)}, step {best['step']}"))
+        facts.append(("best held out", f"{best['accuracy']:.2%}", f"loss {best['loss']:.4f}, step {best['step']}"))
     return tuple(facts)
 
 

@@ -64,8 +64,8 @@ def table(sheet: Sheet, titled: bool) -> Table:
     """A sheet, in columns that fit a terminal."""
     shown = Table(title=sheet.title if titled else None, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for place, column in enumerate(sheet.columns):
-        fold = "fold" if place == 0 or not column.numeric else "ellipsis"
-        shown.add_column(column.heading, justify="right" if column.numeric else "left", overflow=fold)
+        side = "right" if column.numeric else "left"
+        shown.add_column(column.heading, justify=side, no_wrap=place == 0, overflow="fold")
     for row in sheet.rows:
         shown.add_row(*(column.text(row) for column in sheet.columns))
     if sheet.total:

@@ -149,10 +149,20 @@ def spread(value: Spread) -> str:
 
 
 def decimals(places: int) -> Callable[[float], str]:
-    """Numbers with so many places; small ones with as many digits."""
-    return lambda value: (
-        f"{value:.{places}f}" if not value or abs(value) >= 10 ** (1 - places) else f"{value:.{max(places - 2, 1)}e}"
-    )
+    """Numbers with so many places; small ones in scientific notation."""
+
+    def form(value: float) -> str:
+        if not value:
+            return "0"
+        small = abs(value) < 10 ** (1 - places)
+        return f"{value:.{max(places - 2, 1)}e}" if small else f"{value:.{places}f}"
+
+    return form
+
+
+def compact(value: float) -> str:
+    """A round number, as short as it is."""
+    return f"{value:.4g}"
 
 
 TWO, THREE, FOUR, SIX = map(decimals, (2, 3, 4, 6))

@@ -5,10 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vlora_jax.inspection.sheets import FOUR, THREE
+from vlora_jax.inspection.sheets import FOUR, compact
 
 Form = Callable[[float], str]
 POINTS = 600  # of a line at most
+WIDE = 48  # columns, beyond which a heat map takes the whole width
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,16 @@ def heat_map(heat: Heat) -> str:
     numbers = "".join(
         f"<b>{html.escape(name) if place % every == 0 else ''}</b>" for place, name in enumerate(heat.columns)
     )
+    wide = " wide" if len(heat.columns) > WIDE else ""
     return (
-        f'<figure class="heat"><figcaption>{html.escape(heat.title)}</figcaption><div class="scroll">'
+        f'<figure class="heat{wide}"><figcaption>{html.escape(heat.title)}</figcaption><div class="scroll">'
         f'<div class="grid" style="--columns:{len(heat.columns)}">{"".join(lines)}<span>{heat.axis}</span>{numbers}'
         f'</div></div><p class="scale">{heat.form(low)}<i></i>{heat.form(high)}<output></output></p></figure>'
     )
 
 
 def line_chart(
-    title: str, series: Sequence[Series], x_label: str, form: Form = THREE, log: bool = False, legend: bool = True
+    title: str, series: Sequence[Series], x_label: str, form: Form = compact, log: bool = False, legend: bool = True
 ) -> str:
     """Lines over one another.
 

@@ -17,9 +17,9 @@ class Report:
 
     Attributes:
       lead: what it is about, a sentence.
-      facts: the figures to see first, each with its name.
+      facts: the figures to see first, each with its name and a detail.
       heats: heat maps.
-      charts: drawings under a heading, as `charts.line_chart` and the like return them.
+      charts: for each heading a note and drawings, as `charts.line_chart` returns them.
       sheets: tables.
       about: metadata, each with its name.
       config: the run's, as YAML; empty without one.
@@ -27,9 +27,9 @@ class Report:
 
     title: str
     lead: str
-    facts: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str, str], ...]
     heats: tuple[Heat, ...]
-    charts: tuple[tuple[str, tuple[str, ...]], ...]
+    charts: tuple[tuple[str, str, tuple[str, ...]], ...]
     sheets: tuple[Sheet, ...]
     about: tuple[tuple[str, str], ...]
     config: str = ""
@@ -38,12 +38,15 @@ class Report:
 def render(report: Report) -> str:
     """One page of HTML that needs nothing beside itself."""
     part = lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")
-    sections = [f'<dl class="facts">{_pairs(report.facts)}</dl>']
+    facts = [(name, value, f"<small>{html.escape(detail)}</small>") for name, value, detail in report.facts]
+    sections = [f'<dl class="facts">{_pairs(facts)}</dl>']
     if report.heats:
-        sections.append(_section("Where", "".join(map(heat_map, report.heats))))
-    sections += [_section(name, f'<div class="charts">{"".join(each)}</div>') for name, each in report.charts if each]
+        sections.append(_section("Where", f'<div class="heats">{"".join(map(heat_map, report.heats))}</div>'))
+    for name, note, drawings in report.charts:
+        if drawings:
+            sections.append(_section(name, f'{_note(note)}<div class="charts">{"".join(drawings)}</div>'))
     sections += [_section(sheet.title, table(sheet)) for sheet in report.sheets if sheet.rows]
-    about = f'<dl class="about">{_pairs(report.about)}</dl>'
+    about = f'<dl class="about">{_pairs([(*pair, "") for pair in report.about])}</dl>'
     if report.config:
         about += f"<details><summary>Configuration</summary><pre>{html.escape(report.config)}</pre></details>"
     sections.append(_section("Metadata", about))
@@ -69,7 +72,7 @@ def table(sheet: Sheet) -> str:
     )
     foot = f"<tfoot><tr>{total}</tr></tfoot>" if sheet.total else ""
     return (
-        f'<p class="note">{html.escape(sheet.legend)}</p><div class="scroll"><table id="{sheet.key}">'
+        f'{_note(sheet.legend)}<div class="scroll"><table id="{sheet.key}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
     )
 
@@ -78,8 +81,15 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    return "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in pairs)
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+
+
+def _pairs(pairs: Sequence[tuple[str, str, str]]) -> str:
+    """Names and values as text, each with a piece of HTML behind it."""
+    return "".join(
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}{more}</dd></div>" for name, value, more in pairs
+    )
 
 
 def _kind(column: Column) -> str:

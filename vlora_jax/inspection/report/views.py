@@ -7,7 +7,7 @@ import numpy as np
 
 from vlora_jax.adapters.sites import layer_number, role
 from vlora_jax.inspection.report.charts import Form, Heat, HeatRow, Series, line_chart
-from vlora_jax.inspection.sheets import FOUR, THREE, TWO, percent
+from vlora_jax.inspection.sheets import FOUR, THREE, percent
 from vlora_jax.inspection.spectra import Spectrum
 
 FLOOR = 1e-6  # of the largest singular value of a chart, below which points are noise
@@ -70,7 +70,7 @@ def spectrum_charts(spectra: Mapping[str, Spectrum]) -> list[str]:
             )
             for layer, values in layers
         ]
-        chart = line_chart(label, series, "singular value", TWO, log=True, legend=False)
+        chart = line_chart(label, series, "number of the singular value", log=True, legend=False)
         charts += [chart] if chart else []
     return charts
 
