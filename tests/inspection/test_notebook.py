@@ -16,5 +16,4 @@ def test_an_adapter_is_summed_up_in_a_line_and_can_be_unfolded():
     assert "# ΔW = s·A B; 44 numbers at 2 kernels" in text
     assert "LoRA(" in text
     assert "'mlp/up': 'dense 6×5'" in text
-    page = treescope.render_to_html(adapter, roundtrip_mode=False)
-    assert "44 numbers" in page
+    assert "TreescopeContainer" in treescope.render_to_html(adapter)
