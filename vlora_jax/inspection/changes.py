@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +39,13 @@ class Part:
 
     Attributes:
       method: as it is there.
-      kernel: of the base, `(*stack, in, out)`; None if the base is not at hand.
+      leaves: the base's parameters by path; None if it is not at hand.
       own, shared: the tensors of the site, layer axes first, and those that it shares with others.
     """
 
     site: Site
     method: Method
-    kernel: Array | None
+    leaves: dict[str, Any] | None
     own: FactorDict
     shared: FactorDict
 
@@ -54,15 +55,29 @@ class Part:
         return tuple(range(self.site.layers)) if self.site.stack else (None,)
 
     @property
+    def kernel(self) -> Float[Array, "*stack in out"] | None:
+        """The base's kernel, read anew at each call; None if the base is not at hand."""
+        return None if self.leaves is None else self.site.read(self.leaves)
+
+    @property
+    def factored(self) -> bool:
+        """Whether the change is a product of two thin factors, for which no kernel is needed."""
+        layer_of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(self.site.stack) :], leaf.dtype)
+        one = jax.tree.map(layer_of, self.own)
+        shape = (self.site.in_dim, self.site.out_dim)
+        return jax.eval_shape(lambda own: self.method.low_rank(shape, own | self.shared), one) is not None
+
+    @property
     def kernels(self) -> Float[Array, "layers in out"]:
         """The base's kernels with one axis of layers.
 
         Raises:
           ConversionError: the base is not at hand.
         """
-        if self.kernel is None:
+        kernel = self.kernel
+        if kernel is None:
             raise ConversionError(f"{self.site.path}: its kernel is needed, and the base is not at hand")
-        return self.kernel.reshape(-1, self.site.in_dim, self.site.out_dim)
+        return kernel.reshape(-1, self.site.in_dim, self.site.out_dim)
 
     def each(self, of_product: Callable, of_matrix: Callable) -> Array | tuple | None:
         """`of_product(left, right)` of each layer's factors, or `of_matrix(ΔW)` where the method has none.
@@ -73,7 +88,8 @@ class Part:
           What they return with `(layers, …)` in front; None if there are neither factors nor a base.
         """
         shape = (self.site.in_dim, self.site.out_dim)
-        found = _each(of_product, of_matrix, self.method, self.site.stack, shape, self.kernel, self.own, self.shared)
+        kernel = None if self.factored else self.kernel
+        found = _each(of_product, of_matrix, self.method, self.site.stack, shape, kernel, self.own, self.shared)
         return jax.tree.map(lambda leaf: leaf.reshape(self.site.layers, *leaf.shape[len(self.site.stack) :]), found)
 
 
@@ -85,16 +101,14 @@ def parts(base: Tree | None, adapter: Adapter) -> Iterator[Part]:
 
     Raises:
       BaseMismatchError: the base lacks a site of the adapter.
-      ConversionError: layers of the base share their kernels.
     """
     leaves = None if base is None else flatten(base)
     for site in adapter.sites if adapter.method.mergeable else ():
         if leaves is not None and site.leaf_path not in leaves:
             near = ", ".join(nearest(site.leaf_path, leaves))
             raise BaseMismatchError(f"the adapter changes {site.leaf_path}; nearest parameters of this base: {near}")
-        kernel = None if leaves is None else site.read(leaves)
         method = adapter.method.for_site(site)
-        yield Part(site, method, kernel, adapter.factors(site.path), adapter.shared_at(site.path))
+        yield Part(site, method, leaves, adapter.factors(site.path), adapter.shared_at(site.path))
 
 
 def changes(base: Tree | None, adapter: Adapter) -> Iterator[tuple[Part, Change]]:

@@ -123,7 +123,8 @@ def adapter_spectra(base: Tree | None, adapter: Adapter) -> dict[str, Spectrum]:
     for part in parts(base, adapter):
         values = part.each(product_values, matrix_values)
         if values is not None:
-            norm = None if part.kernel is None else np.asarray(norms(part.kernel)).reshape(-1)
+            kernel = part.kernel
+            norm = None if kernel is None else np.asarray(norms(kernel)).reshape(-1)
             spectra[part.site.path] = Spectrum(np.asarray(values), norm, part.layers)
     return spectra
 

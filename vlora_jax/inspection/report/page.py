@@ -93,7 +93,7 @@ def _pairs(pairs: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _kind(column: Column) -> str:
-    return ' class="number"' if column.numeric else ""
+    return f' class="number {column.key}"' if column.numeric else f' class="{column.key}"'
 
 
 def _data(column: Column, row: Any) -> str:
