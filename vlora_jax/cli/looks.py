@@ -115,13 +115,13 @@ def report_of(subject: Subject, sheets: Sequence[Sheet], everything: Sequence[Sh
     """
     trained, base = subject.trained, subject.dense_base if subject.adapters else subject.base
     records = [] if trained is None else whole_metrics(trained.run)
-    rows = change_rows(subject, base, layers=True, leading=1)
+    rows = [row for row in change_rows(subject, base, layers=True, leading=1) if row.rank is not None]
     spectra = spectra_of(subject, base)
     return Report(
         title=title_of(subject),
         lead=lead_of(subject),
         facts=facts_of(subject, rows),
-        heats=heats_of(rows, everything) if rows else heats_of_model(subject),
+        heats=heats_of(rows, everything) if rows or subject.adapters else heats_of_model(subject),
         charts=(("Training", "", tuple(curves(records))), ("Spectra", LINES, tuple(spectrum_charts(spectra)))),
         sheets=tuple(sheets),
         about=about_of(subject),
@@ -170,17 +170,20 @@ def lead_of(subject: Subject) -> str:
 
 
 def facts_of(subject: Subject, rows: Sequence[ChangeRow]) -> tuple[tuple[str, str, str], ...]:
-    """The figures to see first."""
+    """The figures to see first.
+
+    Args:
+      rows: of kernels whose change is known, a row for each layer.
+    """
     whole = 0 if subject.base is None else count(subject.base)
     trained = sum(map(count, subject.adapters))
     share = f"{trained / whole:.2%} of the model's" if whole else ""
     facts = [("numbers trained", f"{trained:,}", share)] if subject.adapters else []
     facts += [("parameters", f"{whole:,}", "")] if whole else []
-    known = [row for row in rows if row.relative is not None]
-    if known:
-        most = max(known, key=lambda row: row.relative or 0.0)
+    most = max(rows, key=lambda row: row.relative or 0.0, default=None)
+    if most is not None and most.relative is not None:
         layer = "" if most.layer is None else f", layer {most.layer}"
-        facts.append(("largest ‖ΔW‖/‖W‖", FOUR(most.relative or 0.0), f"{most.path}{layer}"))
+        facts.append(("largest ‖ΔW‖/‖W‖", FOUR(most.relative), f"{most.path}{layer}"))
     ranks = [row.rank.mean for row in rows if row.rank is not None]
     if ranks:
         directions = sum(row.directions or 0 for row in rows)

@@ -1,6 +1,7 @@
 """What there is to look at: a run, one of its checkpoints, an adapter in PEFT's files, or a model of transformers."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ class Subject:
     trained: Trained | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def adapter(self) -> Adapter | None:
         """All changes as one adapter; None of a model."""
         if len(self.adapters) > 1:
             return add(*self.adapters, base=self.base)
         return self.adapters[0] if self.adapters else None
 
-    @property
+    @cached_property
     def dense_base(self) -> Tree | None:
         """The base with a kernel for each layer, whose changes can be measured one by one."""
         return None if self.base is None else expand(self.graphdef, self.base)[1]
