@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from commands import call
-from helpers import filled
+from helpers import filled, mostly_slow
 from peft_tiny import LLAMA, Q, tensors, write
 
 from vlora_jax.hub.save import save
@@ -53,6 +53,7 @@ def test_an_adapter_of_peft_is_looked_at_as_it_is(place, capsys):
         assert row["norm"] == pytest.approx(np.linalg.norm(change), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_csv_has_a_line_a_row_and_further_tables(place, capsys):
     code, out, _ = call(capsys, "inspect", place / "run", "--only", "alignment", "--sort", "amplification", "--csv")
     lines = list(csv.DictReader(io.StringIO(out)))
@@ -75,14 +76,14 @@ def test_the_page_of_a_run_draws_its_figures_and_its_curve(place, capsys, tmp_pa
     assert "family: pretrained" in text
 
 
-def test_a_model_shows_its_parameters(place, capsys, tmp_path):
+@pytest.mark.slow
+def test_a_model_shows_its_parameters(place, capsys):
     code, out, _ = call(capsys, "inspect", place / "model", "--sort", "numbers", "--top", 1, "--json")
     found = json.loads(out)
     assert (code, found["changes"], len(found["parameters"])) == (0, [], 1)
 
 
-def test_two_adapters_and_a_checkpoint_beside_each_other(place, capsys, tmp_path):
-    """Against NumPy; and an adapter against the run that it became is at distance 0."""
+def test_two_adapters_beside_each_other(place, capsys, tmp_path):
     code, out, error = call(capsys, "diff", place / "one", place / "two", "--json", "--html", tmp_path / "diff.html")
     assert (code, error) == (0, "")
     row = json.loads(out)["diff"][0]
@@ -91,8 +92,13 @@ def test_two_adapters_and_a_checkpoint_beside_each_other(place, capsys, tmp_path
     assert row["distance"] == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a), rel=1e-5)
     assert row["chance_output"] == pytest.approx(2 / 8)
     assert "mean φ, output side" in (tmp_path / "diff.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_adapter_and_the_run_that_it_became_are_the_same(place, capsys):
     code, out, _ = call(capsys, "diff", place / "one", place / "run" / "checkpoints" / "0", "--json")
     rows = json.loads(out)["diff"]
+    assert code == 0
     assert [(row["distance"], row["cosine"]) for row in rows] == [pytest.approx((0.0, 1.0), abs=1e-6)] * 2
 
 
@@ -107,26 +113,39 @@ def damaged(place, tmp_path):
     return tmp_path
 
 
-def test_mistakes_are_one_line_and_exit_code_2(place, damaged, capsys):
-    run, torn = place / "run", damaged / "torn"
-    wrong = {
-        "changes of different bases cannot be compared": ("diff", place / "one", place / "far"),
-        "--where 'atn' matches nothing; nearest: layers/block/attn/": ("inspect", run, "--where", "atn"),
-        "--sort 'relativ' is no column here; nearest: relative": ("inspect", run, "--sort", "relativ"),
-        "unsaved has no whole checkpoint": ("inspect", damaged / "unsaved"),
-        "empty is empty: there is no run, adapter or model in it": ("inspect", damaged / "empty"),
-        "line 4 of 4 is cut off; the run's own": ("inspect", torn, "--html", damaged / "page.html"),
-        "there is no table 'intruder'; nearest: intruders": ("inspect", run, "--also", "intruder"),
-        "is an adapter and": ("diff", run, place / "model"),
-        "--json and --csv both print; choose one": ("inspect", run, "--json", "--csv"),
-        "is no adapter of PEFT, so it takes no --base": ("inspect", run, "--base", place / "model"),
-        "is checkpoint 0; leave --step out": ("inspect", run / "checkpoints" / "0", "--step", 1),
-        "page.html cannot be written": ("inspect", run, "--html", damaged / "nowhere" / "page.html"),
-        "does not exist; nearest run: ": ("inspect", place / "rum"),
-        "is about adapters, and": ("inspect", place / "model", "--also", "drift"),
-    }
+def refused(capsys, wrong: dict[str, tuple]) -> None:
+    """Each of the calls is refused in one line with its message."""
     for message, arguments in wrong.items():
         code, out, error = call(capsys, *arguments)
         assert (code, out, error.count("\n")) == (2, "", 1), (message, error)
         assert message in error
-    assert not (damaged / "page.html").exists()
+
+
+def test_mistakes_are_one_line_and_exit_code_2(place, damaged, capsys):
+    run = place / "run"
+    wrong = {
+        "changes of different bases cannot be compared": ("diff", place / "one", place / "far"),
+        "unsaved has no whole checkpoint": ("inspect", damaged / "unsaved"),
+        "empty is empty: there is no run, adapter or model in it": ("inspect", damaged / "empty"),
+        "there is no table 'intruder'; nearest: intruders": ("inspect", run, "--also", "intruder"),
+        "--json and --csv both print; choose one": ("inspect", run, "--json", "--csv"),
+        "is no adapter of PEFT, so it takes no --base": ("inspect", run, "--base", place / "model"),
+        "is checkpoint 0; leave --step out": ("inspect", run / "checkpoints" / "0", "--step", 1),
+        "does not exist; nearest run: ": ("inspect", place / "rum"),
+    }
+    refused(capsys, wrong)
+
+
+@pytest.mark.parametrize("case", mostly_slow(["torn", "where", "sort", "kinds", "page", "about"], ["torn"]))
+def test_mistakes_that_are_found_later(case, place, damaged, capsys):
+    run, page = place / "run", damaged / "page.html"
+    message, *arguments = {
+        "torn": ("line 4 of 4 is cut off; the run's own", "inspect", damaged / "torn", "--html", page),
+        "where": ("--where 'atn' matches nothing; nearest: layers/block/attn/", "inspect", run, "--where", "atn"),
+        "sort": ("--sort 'relativ' is no column here; nearest: relative", "inspect", run, "--sort", "relativ"),
+        "kinds": ("is an adapter and", "diff", run, place / "model"),
+        "page": ("page.html cannot be written", "inspect", run, "--html", damaged / "nowhere" / "page.html"),
+        "about": ("drift is about adapters, and", "inspect", place / "model", "--also", "drift"),
+    }[case]
+    refused(capsys, {message: tuple(arguments)})
+    assert not page.exists()

@@ -8,7 +8,7 @@ import typer
 
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.cli.looks import about_of, title_of
-from vlora_jax.cli.shown import show
+from vlora_jax.cli.shown import check_form, show
 from vlora_jax.inspection.kinds import sheet
 from vlora_jax.inspection.report.charts import Heat
 from vlora_jax.inspection.report.page import Report
@@ -49,6 +49,7 @@ def command(
       vlora-jax diff runs/mine/checkpoints/100 runs/mine/checkpoints/400 --layers --where 'attn'
       vlora-jax diff path/to/peft runs/mine --html diff.html
     """
+    check_form(as_json, as_csv)
     first, second = (open_subject(each, base=base if is_peft(each) else None) for each in (one, other))
     check_comparable(first, second)
     sheets = arranged(sheets_of(first, second, layers), where, sort, top)

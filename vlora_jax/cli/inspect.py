@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vlora_jax.cli.looks import ALSO, notes_of, report_of, sheets_of, title_of
-from vlora_jax.cli.shown import show
+from vlora_jax.cli.looks import ALSO, known_tables, notes_of, report_of, sheets_of, title_of
+from vlora_jax.cli.shown import check_form, show
 from vlora_jax.cli.specs import show_specs
 from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.sheets import arranged
@@ -79,8 +79,9 @@ def command(
         return
     if mesh is not None:
         raise ConfigError("--mesh is for --specs")
+    check_form(as_json, as_csv)
+    further, first = known_tables([*(also or ()), *(only or ())]), not only
     subject = open_subject(what, step, base)
-    further, first = list(dict.fromkeys([*(also or ()), *(only or ())])), not only
     everything = sheets_of(subject, layers, further, leading, first)
     sheets = arranged(everything, where, sort, top)
     about = {"run": what, "step": subject.about.get("step"), "base": subject.missing or "found"}

@@ -43,6 +43,18 @@ ALSO: dict[str, Callable[[Subject, Tree | None, Adapter, int], list[Any]]] = {
 }
 
 
+def known_tables(names: Sequence[str]) -> list[str]:
+    """Further tables, each once.
+
+    Raises:
+      ConfigError: there is no such table.
+    """
+    unknown = next((name for name in names if name not in ALSO), None)
+    if unknown is not None:
+        raise ConfigError(f"there is no table {unknown!r}; nearest: {', '.join(nearest(unknown, ALSO))}")
+    return list(dict.fromkeys(names))
+
+
 def sheets_of(subject: Subject, layers: bool, further: Sequence[str], leading: int, first: bool = True) -> list[Sheet]:
     """The tables of a subject.
 
@@ -53,12 +65,9 @@ def sheets_of(subject: Subject, layers: bool, further: Sequence[str], leading: i
       first: with changes and parameters.
 
     Raises:
-      ConfigError: a further table does not exist, or is about adapters and there is none.
+      ConfigError: a further table is about adapters and there is none.
       BaseMismatchError: it needs the base, which was not found.
     """
-    unknown = next((name for name in further if name not in ALSO), None)
-    if unknown is not None:
-        raise ConfigError(f"there is no table {unknown!r}; nearest: {', '.join(nearest(unknown, ALSO))}")
     if further and not subject.adapters:
         raise ConfigError(f"{further[0]} is about adapters, and {subject.where} is a model")
     base, sheets = subject.dense_base if subject.adapters else subject.base, []

@@ -36,11 +36,9 @@ def show(
       page: where to write it; no page without one.
 
     Raises:
-      ConfigError: both JSON and CSV are wanted, or CSV of several sheets.
+      ConfigError: CSV of several sheets is wanted.
       ResourceError: the page cannot be written.
     """
-    if as_json and as_csv:
-        raise ConfigError("--json and --csv both print; choose one")
     if page is not None:
         write_page(report(), page)
     if as_json:
@@ -58,6 +56,12 @@ def show(
         for sheet in sheets:
             if sheet.rows:
                 console.print(table(sheet, several))
+
+
+def check_form(as_json: bool, as_csv: bool) -> None:
+    """Raises ConfigError if both JSON and CSV are wanted."""
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv both print; choose one")
 
 
 def table(sheet: Sheet, titled: bool) -> Table:
