@@ -2,32 +2,15 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from planted import IN, LAYERS, OUT, RANK, change_of, lora_on, normal, site_of
 
 from vlora_jax import Adapter, LoRA
 from vlora_jax.adapters.diagonal import Diagonal
-from vlora_jax.adapters.sites import Site
 from vlora_jax.errors import BaseMismatchError
 from vlora_jax.inspection.spectra import adapter_spectra, effective_rank, product_values
-
-LAYERS, IN, OUT, RANK = 3, 12, 9, 4
-RNG = np.random.default_rng(0)
-
-
-def site_of(path: str, stack: tuple[int, ...]) -> Site:
-    return Site(path, "kernel", "dense", stack, (IN, OUT), (0,), (1,))
-
-
-def lora_on(path: str, stack: tuple[int, ...], a: np.ndarray, b: np.ndarray) -> Adapter:
-    method = LoRA(rank=a.shape[-1], alpha=6.0)
-    return Adapter.of(method, [site_of(path, stack)], trainable={path: {"a": jnp.asarray(a), "b": jnp.asarray(b)}})
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RNG.normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +18,12 @@ def stacked() -> Adapter:
     return lora_on("w", (LAYERS,), normal(LAYERS, IN, RANK), normal(LAYERS, RANK, OUT))
 
 
-def changes(adapter: Adapter) -> np.ndarray:
-    factors = jax.tree.map(np.asarray, adapter.factors("w"))
-    return 6.0 / RANK * factors["a"].astype(np.float64) @ factors["b"]
-
-
 def test_values_from_factors_are_those_of_the_whole_change(stacked):
     spectrum = adapter_spectra(None, stacked)["w"]
-    expected = np.linalg.svd(changes(stacked), compute_uv=False)
+    expected = np.linalg.svd(change_of(stacked, "w"), compute_uv=False)
     assert spectrum.values.shape == (LAYERS, RANK)
     np.testing.assert_allclose(spectrum.values, expected[:, :RANK], rtol=1e-5)
-    np.testing.assert_allclose(spectrum.norm, np.linalg.norm(changes(stacked), axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(spectrum.norm, np.linalg.norm(change_of(stacked, "w"), axis=(1, 2)), rtol=1e-5)
     assert spectrum.base is None
 
 

@@ -73,6 +73,27 @@ class Adapter:
                 of_site[name] = value
         return of_site
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """How notebooks show it (treescope calls this): a line that sums it up, method, tensors, sites in short."""
+        from treescope import rendering_parts as parts
+
+        sizes = {site.path: f"{site.kind} {'×'.join(map(str, (*site.stack, *site.shape)))}" for site in self.sites}
+        shown = {"method": self.method, "trainable": self.trainable, "frozen": self.frozen, "sites": sizes}
+        inside = lambda name: None if path is None else f"{path}.{name}"
+        told = f"  # {self.method.formula}; {count(self):,} numbers at {sum(s.layers for s in self.sites):,} kernels"
+        return parts.build_foldable_tree_node_from_children(
+            prefix=parts.siblings(parts.maybe_qualified_type_name(type(self)), "("),
+            children=[
+                parts.siblings_with_annotations(f"{name}=", subtree_renderer(part, path=inside(name)))
+                for name, part in shown.items()
+            ],
+            suffix=")",
+            comma_separated=True,
+            path=path,
+            first_line_annotation=parts.comment_color(parts.text(told)),
+            expand_state=parts.ExpandState.EXPANDED,
+        )
+
     def with_trainable(self, trainable: dict[str, dict[str, Any]]) -> "Adapter":
         """This adapter with other trainable tensors: what a loss differentiates."""
         return dataclasses.replace(self, trainable=trainable)

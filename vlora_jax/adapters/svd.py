@@ -50,6 +50,16 @@ def values(name: str, kernel: Array | None) -> Float[Array, "in out"]:
     return kernel.astype(jnp.float32)
 
 
+def product_svd(left: Float[Array, "in r"], right: Float[Array, "r out"]) -> tuple:
+    """Thin SVD u `(in, k)`, σ `(k,)`, v `(k, out)` of `left @ right`, which is never built: O((in + out)·r²).
+
+    With left = Q R and rightᵀ = P S the product is Q (R Sᵀ) Pᵀ, and R Sᵀ is small.
+    """
+    (q, r), (p, s) = jnp.linalg.qr(left), jnp.linalg.qr(right.T)
+    u, sigma, v = jnp.linalg.svd(jnp.matmul(r, s.T, precision=jax.lax.Precision.HIGHEST), full_matrices=False)
+    return q @ u, sigma, v @ p.T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Principal(Ranked, Product):
     """ΔW = A M: A `(in, r)` frozen, from the kernel's SVD W = P diag(σ) Qᵀ; M `(r, out)` of what trains.

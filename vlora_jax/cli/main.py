@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from vlora_jax.cli import compare, doctor, eval, export, generate, import_, inspect, merge, methods, plan, train
+from vlora_jax.cli import compare, diff, doctor, eval, export, generate, import_, inspect, merge, methods, plan, train
 from vlora_jax.distributed.watch import leaving
 from vlora_jax.errors import VloraError
 from vlora_jax.training.allocator import keep_large_buffers
@@ -24,6 +24,7 @@ for name, verb in {
     "eval": eval,
     "generate": generate,
     "inspect": inspect,
+    "diff": diff,
     "merge": merge,
     "import": import_,
     "export": export,

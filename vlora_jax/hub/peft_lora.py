@@ -18,6 +18,7 @@ from vlora_jax.adapters.lora import LoRA
 from vlora_jax.adapters.merge import site_shift
 from vlora_jax.adapters.method import Method, one_by_one
 from vlora_jax.adapters.sites import Site
+from vlora_jax.adapters.svd import product_svd
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.errors import ConfigError, ConversionError
 from vlora_jax.hub.peft_modules import exact
@@ -104,9 +105,7 @@ def _factorise(
         right = jnp.concatenate([pair[1] for pair in pairs if pair], axis=0)
         if left.shape[1] <= limit:
             return left, right, jnp.zeros(())
-        (q1, r1), (q2, r2) = jnp.linalg.qr(left), jnp.linalg.qr(right.T)
-        u, values, v = jnp.linalg.svd(r1 @ r2.T, full_matrices=False)
-        return cut(q1 @ u, values, v @ q2.T, limit)
+        return cut(*product_svd(left, right), limit)
 
     return one_by_one(one, dims)(kernel, factors)
 

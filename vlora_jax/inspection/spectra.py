@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ from jaxtyping import Array, Float
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.bind import child
-from vlora_jax.adapters.method import Method, over_stack
+from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site
-from vlora_jax.adapters.trees import Tree, flatten
-from vlora_jax.errors import BaseMismatchError, nearest
+from vlora_jax.adapters.trees import Tree
+from vlora_jax.inspection.changes import parts
 from vlora_jax.models.stack import Stack
 from vlora_jax.vertical.config import Vertical
 from vlora_jax.vertical.run import effective_kernel, factors_of
+
+ALIVE = 1e-3  # of the largest singular value, below which a direction is dead
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,34 @@ class Spectrum:
         """Effective rank of each layer's change, `(layers,)`."""
         return effective_rank(self.values)
 
+    @property
+    def alive(self) -> np.ndarray:
+        """How many directions carry each layer's change, `(layers,)`."""
+        return alive(self.values).sum(-1)
+
+
+def alive(values: Any) -> Any:
+    """Which directions count: those whose singular value is above a thousandth of the largest; the others are dead.
+
+    Args:
+      values: singular values `(…, k)`, largest first; NumPy's or JAX's.
+
+    >>> alive(np.array([[2.0, 1.0, 1e-4], [0.0, 0.0, 0.0]])).tolist()
+    [[True, True, False], [False, False, False]]
+    """
+    return values > ALIVE * values[..., :1]
+
+
+def energy(values: np.ndarray, leading: int) -> float:
+    """Share of ‖ΔW‖² in the leading directions of each layer, over all layers; 0 for no change.
+
+    >>> energy(np.array([[2.0, 1.0], [2.0, 1.0]]), 1)
+    0.8
+    """
+    squares = np.square(np.asarray(values, np.float64))
+    total = squares.sum()
+    return float(squares[..., :leading].sum() / total) if total else 0.0
+
 
 def effective_rank(values: np.ndarray) -> np.ndarray:
     """exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ: the effective rank of Roy and Vetterli (EUSIPCO 2007, definition 1).
@@ -67,7 +98,7 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
 def product_values(left: Float[Array, "in r"], right: Float[Array, "r out"]) -> Float[Array, " k"]:
     """Singular values of `left @ right`, largest first; costs O((in + out)·r²) and never builds the product.
 
-    With left = Q R and rightᵀ = P S the product is Q (R Sᵀ) Pᵀ, so its singular values are those of R Sᵀ.
+    They are those of the small factor in `vlora_jax.adapters.svd.product_svd`.
     """
     r = jnp.linalg.qr(left.astype(jnp.float32), mode="r")
     s = jnp.linalg.qr(right.astype(jnp.float32).T, mode="r")
@@ -88,21 +119,13 @@ def adapter_spectra(base: Tree | None, adapter: Adapter) -> dict[str, Spectrum]:
       BaseMismatchError: the base lacks a site of the adapter.
       ConversionError: layers of the base share their kernels.
     """
-    if not adapter.method.mergeable:
-        return {}
-    leaves = None if base is None else flatten(base)
     spectra = {}
-    for site in adapter.sites:
-        if leaves is not None and site.leaf_path not in leaves:
-            near = ", ".join(nearest(site.leaf_path, leaves))
-            raise BaseMismatchError(f"the adapter changes {site.leaf_path}; nearest parameters of this base: {near}")
-        kernel = None if leaves is None else site.read(leaves)
-        method = adapter.method.for_site(site)
-        shape, own, shared = (site.in_dim, site.out_dim), adapter.factors(site.path), adapter.shared_at(site.path)
-        values, norm = _change(method, site.stack, shape, kernel, own, shared)
+    for part in parts(base, adapter):
+        values = part.each(product_values, matrix_values)
         if values is not None:
-            layers = tuple(range(site.layers)) if site.stack else (None,)
-            spectra[site.path] = _spectrum(values, norm, layers)
+            kernel = part.kernel
+            norm = None if kernel is None else np.asarray(norms(kernel)).reshape(-1)
+            spectra[part.site.path] = Spectrum(np.asarray(values), norm, part.layers)
     return spectra
 
 
@@ -168,27 +191,6 @@ def vertical_targets(graphdef: nnx.GraphDef, params: Tree) -> Iterator[VerticalT
                 yield VerticalTarget(full_path, vertical, site, module.layers, kernel, tensors)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "stack", "shape"))
-def _change(
-    method: Method,
-    stack: tuple[int, ...],
-    shape: tuple[int, ...],
-    kernel: Array | None,
-    factors: FactorDict,
-    shared: FactorDict,
-) -> tuple:
-    """Singular values `(*stack, k)` or None, and the kernel's norm `(*stack,)` or None."""
-
-    def one(_: Array, kernel: Array | None, factors: FactorDict) -> Array | None:
-        factored = method.low_rank(shape, factors | shared)
-        if factored is not None:
-            return product_values(*factored)
-        return None if kernel is None else _dense_values(method.delta(kernel.astype(jnp.float32), factors | shared))
-
-    layers = jnp.zeros(stack)  # all that has a layer axis, where neither kernel nor tensors of its own do
-    return over_stack(one, len(stack))(layers, kernel, factors), None if kernel is None else _norm(kernel)
-
-
 @functools.partial(jax.jit, static_argnames=("vertical", "methods"))
 def _increments(vertical: Vertical, methods: tuple[Method, ...], kernels: Array, tensors: Sequence) -> tuple:
     """Singular values `(compounds, increments, k)` and norms of the base kernels `(compounds,)`."""
@@ -199,21 +201,19 @@ def _increments(vertical: Vertical, methods: tuple[Method, ...], kernels: Array,
             if factored is not None:
                 return product_values(*factored)
         kernel = kernel.astype(jnp.float32)
-        return _dense_values(effective_kernel(vertical, kernel, methods, tensors, index) - kernel)
+        return matrix_values(effective_kernel(vertical, kernel, methods, tensors, index) - kernel)
 
     places = jnp.arange(vertical.size - vertical.increments, vertical.size)
     over_layers = jax.vmap(one, in_axes=(None, None, 0))
-    return jax.vmap(over_layers, in_axes=(0, 0, None))(kernels, tensors, places), _norm(kernels)
+    return jax.vmap(over_layers, in_axes=(0, 0, None))(kernels, tensors, places), norms(kernels)
 
 
-def _dense_values(delta: Float[Array, "in out"]) -> Float[Array, " k"]:
+def matrix_values(delta: Float[Array, "in out"]) -> Float[Array, " k"]:
+    """Singular values of a matrix, largest first."""
     return jnp.linalg.svd(delta.astype(jnp.float32), compute_uv=False)
 
 
-def _norm(kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack"]:
+@jax.jit
+def norms(kernel: Float[Array, "*stack in out"]) -> Float[Array, "*stack"]:
+    """Frobenius norm of each layer's kernel."""
     return jnp.linalg.norm(kernel.astype(jnp.float32), axis=(-2, -1))
-
-
-def _spectrum(values: Array, norm: Array | None, layers: tuple[int | None, ...]) -> Spectrum:
-    base = None if norm is None else np.asarray(norm).reshape(len(layers))
-    return Spectrum(np.asarray(values).reshape(len(layers), -1), base, layers)

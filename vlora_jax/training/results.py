@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ class Trained:
       adapter: None if the model itself was trained.
       missing: why `base` is None.
       class_names: of the classes that it tells apart; None where they have none.
+      about: what was saved beside the checkpoint's tensors: fingerprints, versions, progress.
     """
 
     run: Path
@@ -50,6 +51,7 @@ class Trained:
     step: int
     missing: str = ""
     class_names: tuple[str, ...] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(run: Path, step: int | None = None) -> Trained:
@@ -75,14 +77,8 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     class_names = tuple(saved.metadata.get("class_names") or ()) or None
     if config.adapter is None:
         base = checkpoint.restore(shapes, saved.trees[TRAINABLE], what)
-        return Trained(run, config, model, graphdef, base, None, step, class_names=class_names)
-    method = config.adapter.for_run(config.steps)
-    adapter = jax.eval_shape(lambda key, base: init(method, key, base), jax.random.key(0), shapes)
-    adapter = dataclasses.replace(
-        adapter,
-        trainable=checkpoint.restore(adapter.trainable, saved.trees[TRAINABLE], what),
-        frozen=checkpoint.restore(adapter.frozen, saved.trees[FROZEN], what),
-    )
+        return Trained(run, config, model, graphdef, base, None, step, class_names=class_names, about=saved.metadata)
+    adapter = _adapter(config, shapes, saved, what)
     base, missing = None, ""
     try:
         base = parameters(config, model, make_mesh(devices=jax.devices()[:1]), saved.metadata["source_step"])
@@ -91,7 +87,33 @@ def read_run(run: Path, step: int | None = None) -> Trained:
             raise BaseMismatchError(f"{config.init_from or 'the seed'} gives another base than {run} was trained on")
     except VloraError as error:
         base, missing = None, str(error)
-    return Trained(run, config, model, graphdef, base, adapter, step, missing, class_names)
+    return Trained(run, config, model, graphdef, base, adapter, step, missing, class_names, saved.metadata)
+
+
+def _adapter(config: RunConfig, shapes: Tree, saved: checkpoint.Saved, what: str) -> Adapter:
+    """The adapter of a checkpoint."""
+    assert config.adapter is not None
+    method = config.adapter.for_run(config.steps)
+    adapter = jax.eval_shape(lambda key, base: init(method, key, base), jax.random.key(0), shapes)
+    return dataclasses.replace(
+        adapter,
+        trainable=checkpoint.restore(adapter.trainable, saved.trees[TRAINABLE], what),
+        frozen=checkpoint.restore(adapter.frozen, saved.trees[FROZEN], what),
+    )
+
+
+def adapters_of(trained: Trained) -> list[tuple[int, Adapter]]:
+    """The adapters of all whole checkpoints of a run that trained one, by step, oldest first.
+
+    Raises:
+      ConfigError: the run trained a model.
+    """
+    if trained.adapter is None:
+        raise ConfigError(f"{trained.run} trained a model, not an adapter, whose checkpoints could be followed")
+    shapes, directory = abstract_model(trained.model)[1], trained.run / CHECKPOINTS
+    whole = [step for step in steps_of(trained.run) if checkpoint.fault_of(directory / str(step)) is None]
+    read = lambda step: checkpoint.read(directory, step, (TRAINABLE, FROZEN))
+    return [(step, _adapter(trained.config, shapes, read(step), f"{trained.run}, checkpoint {step}")) for step in whole]
 
 
 def ordinary(trained: Trained) -> tuple[nnx.GraphDef, Tree]:

@@ -115,6 +115,24 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def whole_metrics(run: Path) -> list[dict[str, Any]]:
+    """`read_metrics` for looking at: a damaged file is an error, not a curve with holes.
+
+    Raises:
+      CheckpointError: a line is cut off or holds something else; it is named.
+    """
+    file = run / METRICS
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n") or parsed(line) is None:
+            why = "is cut off" if number == len(lines) else "is no record of a step"
+            raise CheckpointError(
+                f"{file}: line {number} of {len(lines)} {why}; the run's own command drops such lines when it "
+                f"continues, or delete the line"
+            )
+    return read_metrics(run)
+
+
 def parsed(line: bytes) -> dict[str, Any] | None:
     """One record; None if the line holds something else."""
     try:
