@@ -24,7 +24,7 @@ from vlora_jax.hub.peft_modules import exact
 
 
 def as_lora(
-    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0
+    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0, *, whole: bool = False
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """One plain LoRA that changes the kernels as the adapters together do, and what it leaves out.
 
@@ -35,29 +35,34 @@ def as_lora(
       base: the parameters that the adapters change.
       max_rank: the largest rank that the server takes; the rank is the largest that a module needs.
       limit: largest allowed residual of any module.
+      whole: keep what the adapters train whole beside the LoRA, which our runs and PEFT take but servers don't.
 
     Returns:
       The LoRA, and the residual ‖ΔW - A B‖ / ‖ΔW‖ of each site, one value a layer.
 
     Raises:
-      ConversionError: an adapter cannot be merged, changes biases or trains parameters whole, or a residual is above
-        the limit.
-      ConfigError: `max_rank` is below 1.
+      ConversionError: an adapter cannot be merged, changes biases or, without `whole`, trains parameters whole; none
+        changes a kernel; or a residual is above the limit.
+      ConfigError: `max_rank` is below 1, or two adapters train the same parameter whole.
     """
     if max_rank < 1:
         raise ConfigError(f"max_rank is {max_rank}; it must be at least 1")
     several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
-    whole = [path for adapter in several for path in adapter.trainable["full"]]
-    if whole:
+    full = [(path, value) for adapter in several for path, value in adapter.trainable["full"].items()]
+    if full and not whole:
         raise ConversionError(
-            f"{whole[0]} is trained whole, which a plain LoRA has no place for; merge the adapter instead"
+            f"{full[0][0]} is trained whole, which a plain LoRA has no place for; merge the adapter instead"
         )
+    if len(dict(full)) < len(full):
+        raise ConfigError("two adapters train the same parameter whole; blend them first, with add, ties and the like")
     sites: dict[str, Site] = {}
     for adapter in several:
         for site in adapter.sites:
             if site_shift(adapter, site) is not None:
                 raise ConversionError(f"the bias of {site.path} is changed, which a plain LoRA has no place for")
             sites[site.path] = site
+    if not sites:
+        raise ConversionError("no kernel is changed: there is nothing to make a LoRA of")
     leaves = flatten(base)
     thin = {path: _thin(several, site, leaves, max_rank) for path, site in sorted(sites.items())}
     rank = max(left.shape[-1] for left, _, _ in thin.values())
@@ -73,8 +78,10 @@ def as_lora(
             f"{path}, layer {worst.argmax()}: rank {rank} leaves {worst.max():.3g} of the change out, above the limit "
             f"{limit:g}; raise max_rank, or merge the adapter instead"
         )
-    method = LoRA(targets=tuple(exact(path, leaves) for path in thin), rank=rank, alpha=float(rank))
-    return Adapter.of(method, [sites[path] for path in thin], trainable=factors), residuals
+    patterns = lambda paths: tuple(exact(path, leaves) for path in paths)
+    method = LoRA(targets=patterns(thin), rank=rank, alpha=float(rank), full=patterns(dict(full)) or None)
+    lora = Adapter.of(method, [sites[path] for path in thin], trainable=factors)
+    return lora.with_trainable(lora.trainable | {"full": dict(full)}), residuals
 
 
 def _thin(adapters: Sequence[Adapter], site: Site, leaves: dict[str, Any], limit: int) -> tuple[Array, Array, Array]:
