@@ -142,7 +142,7 @@ def test_impossible_blends():
     for density in (0.0, 1.5):
         with pytest.raises(ConfigError, match=f"ties: density is {density}; it must be above 0 and at most 1"):
             vj.ties([one, other], density=density)
-    with pytest.raises(ConfigError, match="dare: drop is 1.0; it must be at least 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"dare: drop is 1\.0; it must be at least 0 and below 1"):
         vj.dare(one, 1.0, jax.random.key(0))
     with pytest.raises(ConfigError, match="ties: 1 weights for 2 adapters"):
         vj.ties([one, other], [1.0])
