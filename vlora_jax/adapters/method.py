@@ -77,6 +77,9 @@ class Method(ABC):
     on_sites: ClassVar[bool] = True  # changes kernels; else it trains what `full` names and nothing else
     verified: ClassVar[str] = ""  # by which independent evidence
     peft: ClassVar[str] = ""  # the peft_type of its files, where PEFT has it
+    size: ClassVar[str] = (
+        "rank"  # the whole number among its options that says how many numbers it trains, if it has it
+    )
     cost: ClassVar[str] = ""  # why a step takes clearly longer than LoRA's, where it does
     decays: ClassVar[frozenset[str]] = frozenset()  # tensors that weight decay pulls towards zero, where it means none
     default_rate: ClassVar[float] = 1e-3  # AdamW's learning rate at which its defaults train
