@@ -34,9 +34,8 @@ def test_the_largest_that_fits_is_chosen(name, numbers):
     size = getattr(fit.adapter, fit.adapter.size)
     assert numbers_at(config, size) <= numbers < numbers_at(config, size + 1)
     assert fit.adapter.full == "head"  # which does not count
-    other = {fit.adapter.size, *(() if name == "loha" else ())}
     plain, was = fit.adapter.config(), config.adapter.config()
-    assert {key for key in plain if plain[key] != was[key]} <= other
+    assert {key for key in plain if plain[key] != was[key]} <= {fit.adapter.size}  # alpha and all else stay
 
 
 def test_a_method_that_refuses_small_sizes_is_fitted():
@@ -46,7 +45,7 @@ def test_a_method_that_refuses_small_sizes_is_fitted():
 
 @pytest.mark.parametrize("limit", range(35, 120, 7))
 def test_the_search_finds_what_trying_all_sizes_finds(limit):
-    for low, high in ((1, 9), (3, 9), (5, 6), (6, 100)):
+    for low, high in ((1, 9), (3, 9), (5, 8), (6, 100)):
         trained = lambda size, low=low, high=high: 10 * size + size**2 % 7 if low <= size <= high else None
         fits = [size for size in range(low, high + 1) if trained(size) <= limit]
         assert largest(trained, limit) == max(fits, default=None)

@@ -164,13 +164,13 @@ def test_no_spread_is_no_chance_at_all():
 
 
 def test_methods_are_ordered_by_the_task_s_metric():
-    marks = {"lora": [0.5, 0.6], "diagonal": [0.7, 0.8]}
+    marks = {"lora": [0.5, 0.625], "diagonal": [0.75, 0.875]}
     runs = [replace(each, loss=each.accuracy, forgetting=0.25) for each in records(marks)]
     tasks = {"digits": {"set": [*SMALL, "steps=2"], "metric": "loss"}}
     found = report.lines(comparison("x", tasks=tasks), runs)
-    assert [(line.method, line.mark.mean) for line in found] == [("lora", 0.55), ("diagonal", 0.75)]
+    assert [(line.method, line.mark.mean) for line in found] == [("lora", 0.5625), ("diagonal", 0.8125)]
     texts = report.cells_of(found[1])
-    assert (texts["loss"], texts["difference"], texts["forgetting"]) == ("0.75 ± 0.05", "+0.2 ± 0", "+0.25 ± 0")
+    assert (texts["loss"], texts["difference"], texts["forgetting"]) == ("0.8125 ± 0.0625", "+0.25 ± 0", "+0.25 ± 0")
 
 
 def test_the_frontier_is_what_none_beats_with_as_few():

@@ -65,7 +65,7 @@ def trained_numbers(method: Method, model: ModelConfig) -> int:
 def largest(trained: Callable[[int], int | None], numbers: int) -> int | None:
     """The largest size that trains at most so many numbers; None if there is none.
 
-    More is trained at a larger size. A method may refuse small sizes as well as large ones.
+    More is trained at a larger size. A method may refuse small sizes as well as large ones, but takes a power of two.
 
     >>> largest(lambda size: 10 * size if 5 <= size <= 8 else None, 75)
     7

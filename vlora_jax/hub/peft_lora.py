@@ -24,7 +24,7 @@ from vlora_jax.hub.peft_modules import exact
 
 
 def as_lora(
-    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0, *, whole: bool = False
+    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0, *, plain: bool = True
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """One plain LoRA that changes the kernels as the adapters together do, and what it leaves out.
 
@@ -35,13 +35,14 @@ def as_lora(
       base: the parameters that the adapters change.
       max_rank: the largest rank that the server takes; the rank is the largest that a module needs.
       limit: largest allowed residual of any module.
-      whole: keep what the adapters train whole beside the LoRA, which our runs and PEFT take but servers don't.
+      plain: one rank for all modules and nothing trained whole, as servers want it; else, for our runs and PEFT, each
+        site has the rank that it needs, and what the adapters train whole stays.
 
     Returns:
       The LoRA, and the residual ‖ΔW - A B‖ / ‖ΔW‖ of each site, one value a layer.
 
     Raises:
-      ConversionError: an adapter cannot be merged, changes biases or, without `whole`, trains parameters whole; none
+      ConversionError: an adapter cannot be merged, changes biases or, if `plain`, trains parameters whole; none
         changes a kernel; or a residual is above the limit.
       ConfigError: `max_rank` is below 1, or two adapters train the same parameter whole.
     """
@@ -49,7 +50,7 @@ def as_lora(
         raise ConfigError(f"max_rank is {max_rank}; it must be at least 1")
     several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
     full = [(path, value) for adapter in several for path, value in adapter.trainable["full"].items()]
-    if full and not whole:
+    if full and plain:
         raise ConversionError(
             f"{full[0][0]} is trained whole, which a plain LoRA has no place for; merge the adapter instead"
         )
@@ -68,7 +69,7 @@ def as_lora(
     rank = max(left.shape[-1] for left, _, _ in thin.values())
     factors, residuals = {}, {}
     for path, (left, right, residual) in thin.items():
-        gap = rank - left.shape[-1]
+        gap = rank - left.shape[-1] if plain else 0
         free = [(0, 0)] * len(sites[path].stack)
         factors[path] = {"a": jnp.pad(left, [*free, (0, 0), (0, gap)]), "b": jnp.pad(right, [*free, (0, gap), (0, 0)])}
         residuals[path] = np.asarray(residual).reshape(-1)
@@ -78,8 +79,12 @@ def as_lora(
             f"{path}, layer {worst.argmax()}: rank {rank} leaves {worst.max():.3g} of the change out, above the limit "
             f"{limit:g}; raise max_rank, or merge the adapter instead"
         )
-    patterns = lambda paths: tuple(exact(path, leaves) for path in paths)
-    method = LoRA(targets=patterns(thin), rank=rank, alpha=float(rank), full=patterns(dict(full)) or None)
+    ranks = {exact(path, leaves): left.shape[-1] for path, (left, _, _) in thin.items()}
+    own = {} if plain else {pattern: each for pattern, each in ranks.items() if each < rank}
+    method = LoRA(
+        targets=tuple(ranks), full=tuple(exact(path, leaves) for path, _ in full) or None, rank=rank, alpha=float(rank),
+        rank_pattern=own, alpha_pattern={pattern: float(each) for pattern, each in own.items()},
+    )  # fmt: skip
     lora = Adapter.of(method, [sites[path] for path in thin], trainable=factors)
     return lora.with_trainable(lora.trainable | {"full": dict(full)}), residuals
 

@@ -71,6 +71,9 @@ class DigitsConfig(Section):
     name: Literal["digits"] = "digits"
     batch: PositiveInt = Field(default=64, description="examples a micro-batch, over all devices")
     augment: bool = Field(default=False, description="shift training images by up to a pixel")
+    turns: int = Field(default=0, ge=0, le=3, description="quarter turns of all images, to the left")
+    shots: PositiveInt | None = Field(default=None, description="so many training images of each class")
+    shots_seed: NonNegativeInt = Field(default=0, description="which ones")
 
 
 class PystdlibConfig(Section):

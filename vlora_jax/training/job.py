@@ -86,7 +86,8 @@ def dense_twin(config: ModelConfig) -> int:
 def load_data(config: RunConfig) -> DataSet:
     """The run's data set."""
     if config.data.name == "digits":
-        return digits.load(augment=config.data.augment)
+        section = config.data
+        return digits.load(section.augment, section.turns, section.shots, section.shots_seed)
     if config.data.name == "pystdlib":
         return pystdlib.load(config.data.part, config.data.length)
     return warned(config, text.load(config.data, tokenizer_source(config), model_config_of(config)))

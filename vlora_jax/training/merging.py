@@ -107,6 +107,6 @@ def write_as_lora(
     if blended.adapter is None:
         raise ConversionError(f"{blended.run} has no adapter")
     params = expand(blended.graphdef, opened_run(blended).base)[1]
-    lora, residuals = as_lora(params, blended.adapter, rank, limit, whole=True)
+    lora, residuals = as_lora(params, blended.adapter, rank, limit, plain=False)
     made_from = {"members": [str(member) for member in members]}
     return write_adapter(dataclasses.replace(blended, adapter=lora), out, made_from), residuals
