@@ -18,7 +18,7 @@ from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.sites import split
 from vlora_jax.adapters.trees import Tree, flatten
-from vlora_jax.data import digits, pystdlib, text
+from vlora_jax.data import digits, low_rank, pystdlib, text
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed import processes
@@ -39,6 +39,7 @@ from vlora_jax.training.runs import CHECKPOINTS, best_step, read_config
 from vlora_jax.training.step import Batch, TrainState
 from vlora_jax.vertical.plan import Choice
 
+WHOLE_TASKS = {"vit": ("classification",), "matrix": ("matrix_completion",)}  # of models without a choice of head
 TRAINABLE, FROZEN, OPTIMIZER, RNG = "trainable", "frozen", "optimizer", "rng"  # trees of a checkpoint
 
 
@@ -88,6 +89,8 @@ def load_data(config: RunConfig) -> DataSet:
     if config.data.name == "digits":
         section = config.data
         return digits.load(section.augment, section.turns, section.shots, section.shots_seed)
+    if config.data.name == "low_rank":
+        return low_rank.load(**config.data.model_dump(exclude={"name", "batch"}))
     if config.data.name == "pystdlib":
         return pystdlib.load(config.data.part, config.data.length)
     return warned(config, text.load(config.data, tokenizer_source(config), model_config_of(config)))
@@ -109,8 +112,8 @@ def warned(config: RunConfig, data: DataSet) -> DataSet:
 
 def tasks_of(model: ModelConfig) -> tuple[str, ...]:
     """What a model can learn, which its family and its head decide."""
-    if model.family == "vit":
-        return ("classification",)
+    if model.family in WHOLE_TASKS:
+        return WHOLE_TASKS[model.family]
     heads = {"sequence": ("text_classification",), "lm": ("seq2seq" if model.family == "seq2seq" else "next_token",)}
     return heads.get(model.head, ())
 

@@ -192,7 +192,7 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     graphdef, params = ordinary(trained)
     data = load_data(trained.config)
     batch = next(held_out_batches(data, min(32, len(data.held_out))))
-    inputs = jnp.asarray(batch["tokens" if data.task == "next_token" else "image"])[0]
+    inputs = jnp.asarray(batch["tokens" if "tokens" in batch else "image"])[0]
     before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, inputs)
     after = jax.jit(functools.partial(apply, graphdef))(params, None, inputs)
     model = trained.model.model_copy(update={"vertical": None})
