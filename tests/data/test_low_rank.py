@@ -1,5 +1,6 @@
 """Matrix completion: what is seen, what is held out, and that a method can learn it."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ def test_the_loss_is_the_squared_error_of_what_counts():
     assert {name: float(value) for name, value in sums.items()} == {"loss": 0.25 + 9, "correct": 1, "weight": 2}
 
 
+@pytest.mark.slow
 def test_a_lora_finds_what_it_has_not_seen(tmp_path):
     """Twice as many entries as a matrix of rank 2 has freedom are enough; zeros have a loss of about 1."""
     adapter = ["adapter.method=lora", "adapter.rank=2", "adapter.alpha=2", "adapter.start=kaiming_both"]
@@ -60,4 +62,4 @@ def test_impossible_matrices():
     with pytest.raises(DataError, match=r"data\.observed 1e-09 of 280 entries leaves none"):
         low_rank.load(**SMALL | {"observed": 1e-9}, seed=0)
     with pytest.raises(ConfigError, match=r"the model does not fit .*: model\.rows 100, but the data has 20"):
-        Job.of(load_config(None, [each for each in RUN if each != "model.rows=20"]))
+        Job.of(load_config(None, [each for each in RUN if each != "model.rows=20"]), jax.devices()[:1])

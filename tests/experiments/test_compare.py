@@ -205,6 +205,7 @@ def test_the_page_holds_everything_and_the_report_its_plots(tmp_path):
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text)  # nothing is fetched
 
 
+@pytest.mark.slow
 def test_what_could_be_done_before_is_measured(tmp_path):
     """The rise of the loss on other data is that of two evaluations."""
     start = [*SMALL, "steps=2", "evaluate.every=1", f"run_dir={tmp_path / 'start'}"]
