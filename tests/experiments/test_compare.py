@@ -245,6 +245,14 @@ def test_runs_that_a_task_starts_from_are_trained_once(tmp_path, monkeypatch):
     assert not module.prepare(given)
 
 
+def test_what_one_method_alone_trains_whole_counts():
+    """The head, 2 numbers here, is everyone's; BitFit's biases are its own."""
+    runs = records({"lora": [0.5], "bitfit": [0.6]})
+    runs[1] = replace(runs[1], trained=0, whole=9)
+    found = {line.method: (line.trained, line.whole) for line in report.lines(comparison("x"), runs)}
+    assert found == {"lora": (10, 2), "bitfit": (7, 2)}
+
+
 def test_only_common_seeds_are_compared():
     found = report.lines(comparison("x"), records({"lora": [0.5, 0.6], "diagonal": [0.7, 0.8, 0.1]}))
     line = next(line for line in found if line.method == "diagonal")

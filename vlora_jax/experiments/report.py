@@ -49,6 +49,7 @@ class Line:
 
     Attributes:
       metric: what `mark` and `difference` are of.
+      trained: numbers, without the `whole` that every method of the task trains.
       mark: over its runs; None if all failed.
       difference: from the baseline, seed by seed; None of the baseline itself and without a common seed.
       chance: p of the paired t-test, by Holm's correction for all methods of the task; None without a test.
@@ -97,7 +98,7 @@ def lines(comparison: CompareConfig, records: Iterable[Record]) -> list[Line]:
         mine = [
             line_of(runs, metric, {} if method == comparison.baseline else base) for method, runs in methods.items()
         ]
-        made += sorted(corrected(mine), key=lambda line: line.order)
+        made += sorted(corrected(without_common(mine)), key=lambda line: line.order)
     return made
 
 
@@ -118,6 +119,13 @@ def line_of(runs: dict[int, Record], metric: Literal["accuracy", "loss"], base: 
         statistics.median(run.seconds for run in runs.values()),
         statistics.median(run.cpu_seconds for run in runs.values()),
     )  # fmt: skip
+
+
+def without_common(found: Sequence[Line]) -> list[Line]:
+    """Lines of one task whose `trained` is all that trains but for what all of them train whole, which is `whole`."""
+    common = min((line.whole for line in found if line.mark is not None), default=0)
+    beyond = lambda line: max(0, line.trained + line.whole - common)
+    return [dataclasses.replace(line, trained=beyond(line), whole=common) for line in found]
 
 
 def marks(runs: dict[int, Record], metric: str) -> dict[int, float]:
