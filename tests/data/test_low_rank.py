@@ -15,8 +15,8 @@ from vlora_jax.training.loss import matrix_completion
 SMALL = {"rows": 20, "columns": 14, "rank": 2, "observed": 0.4}
 RUN = [
     "model.family=matrix", "model.rows=20", "model.columns=14", "data.name=low_rank", "data.rows=20",
-    "data.columns=14", "data.rank=2", "data.observed=0.6", "data.batch=20", "log.tensorboard=false",
-    "evaluate.every=300", "evaluate.metric=loss", "evaluate.batch=20", "checkpoint.every=300",
+    "data.columns=14", "data.rank=2", "data.observed=0.6", "log.tensorboard=false",
+    "evaluate.every=300", "evaluate.metric=loss", "evaluate.batch=1", "checkpoint.every=300",
 ]  # fmt: skip
 
 
@@ -26,23 +26,23 @@ def stacked(source, name):
 
 def test_every_entry_is_seen_or_held_out_and_the_rank_is_what_was_asked():
     data = low_rank.load(**SMALL, seed=3)
-    seen, rest = stacked(data.train, "mask"), stacked(data.held_out, "mask")
+    (seen,), (rest,) = stacked(data.train, "mask"), stacked(data.held_out, "mask")
     assert (seen ^ rest).all()
     assert seen.mean() == pytest.approx(0.4, abs=0.1)
-    matrix = stacked(data.train, "targets")
+    (matrix,) = stacked(data.train, "targets")
     assert np.linalg.matrix_rank(matrix, tol=1e-4) == 2
     assert (matrix**2).mean() == pytest.approx(1, abs=1e-5)
-    np.testing.assert_array_equal(stacked(data.train, "tokens"), np.arange(20))
+    np.testing.assert_array_equal(stacked(data.train, "tokens")[0], np.arange(20))
     prints = {low_rank.load(**SMALL, seed=seed).fingerprint for seed in (3, 3, 4)}
     assert len(prints) == 2
 
 
 def test_the_loss_is_the_squared_error_of_what_counts():
     batch = {
-        "tokens": jnp.array([0, 1]), "targets": jnp.array([[1.0, -2.0], [3.0, 4.0]]),
-        "mask": jnp.array([[True, True], [False, True]]), "weight": jnp.array([1.0, 0.0]),
+        "tokens": jnp.zeros((2, 1), int), "targets": jnp.array([[[1.0, -2.0, 7.0]], [[3.0, 4.0, 1.0]]]),
+        "mask": jnp.array([[[True, True, False]], [[False, True, True]]]), "weight": jnp.array([1.0, 0.0]),
     }  # fmt: skip
-    sums = matrix_completion(lambda rows, train: jnp.array([[0.5, 1.0], [0.0, 0.0]]), batch, True)
+    sums = matrix_completion(lambda rows, train: jnp.array([[[0.5, 1.0, 0.0]], [[0.0, 0.0, 0.0]]]), batch, True)
     assert {name: float(value) for name, value in sums.items()} == {"loss": 0.25 + 9, "correct": 1, "weight": 2}
 
 

@@ -31,7 +31,8 @@ class DataSet:
         all `(length,)`, and `positions` and `segments` where several documents share a row;
         `"text_classification"`: `tokens`, `segments` and perhaps `types`, `(length,)`, and `label`; `"seq2seq"`:
         `tokens` and `segments`, `(length,)`, and `decoder_tokens`, `decoder_segments`, `targets` and `mask`,
-        `(target length,)`; `"matrix_completion"`: `tokens`, a row's number, and `targets` and `mask`, `(columns,)`.
+        `(target length,)`; `"matrix_completion"`: `tokens`, rows' numbers `(rows,)`, and `targets` and `mask`,
+        `(rows, columns)`.
         Segments are 0 in padding. Every example has its number in its source as `id`.
       augment: changes a training example with a NumPy generator that depends on the run's seed and the place of
         the example in the data order alone.

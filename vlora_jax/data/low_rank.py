@@ -13,18 +13,18 @@ from vlora_jax.errors import DataError
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a matrix, of which those entries count that `mask` says; both `(rows, columns)`."""
+class Entries:
+    """A matrix as the only example there is, of which those entries count that `mask` says; both `(rows, columns)`."""
 
     matrix: np.ndarray
     mask: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.matrix)
+        return 1
 
     def __getitem__(self, index: int) -> Example:
-        row = np.int32(index)
-        return {"tokens": row, "targets": self.matrix[index], "mask": self.mask[index], "id": row}
+        rows = np.arange(len(self.matrix), dtype=np.int32)
+        return {"tokens": rows, "targets": self.matrix, "mask": self.mask, "id": np.int32(index)}
 
 
 def load(rows: int, columns: int, rank: int, observed: float, seed: int) -> DataSet:
@@ -48,8 +48,8 @@ def load(rows: int, columns: int, rank: int, observed: float, seed: int) -> Data
     return DataSet(
         name=f"a {rows} × {columns} matrix of rank {rank}",
         task="matrix_completion",
-        train=Rows(matrix, seen),
-        held_out=Rows(matrix, ~seen),
+        train=Entries(matrix, seen),
+        held_out=Entries(matrix, ~seen),
         fingerprint=fingerprint(matrix, seen),
         facts={"rows": rows, "columns": columns},
     )

@@ -40,6 +40,6 @@ class Matrix(nnx.Module):
             config.rows, config.columns, use_bias=False, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
 
-    def __call__(self, rows: Int[Array, " batch"], *, train: bool = False, **_: Any) -> Float[Array, "batch columns"]:
+    def __call__(self, rows: Int[Array, "*batch"], *, train: bool = False, **_: Any) -> Float[Array, "*batch columns"]:
         """The rows with these numbers."""
         return self.entries(jax.nn.one_hot(rows, self.config.rows, dtype=jnp.float32))

@@ -90,7 +90,7 @@ class LowRankConfig(Section):
     """A random matrix of low rank, some of whose entries are seen."""
 
     name: Literal["low_rank"] = "low_rank"
-    batch: PositiveInt = Field(default=100, description="rows a micro-batch, over all devices")
+    batch: Literal[1] = Field(default=1, description="the whole matrix is one example")
     rows: PositiveInt = 100
     columns: PositiveInt = 100
     rank: PositiveInt = 5

@@ -50,7 +50,8 @@ def seq2seq(model: Any, batch: dict[str, Array], train: bool) -> Sums:
 
 def matrix_completion(model: Callable, batch: dict[str, Array], train: bool) -> Sums:
     """Squared error of the entries where `mask` is set; correct are those of the right sign."""
-    found, weight = model(batch["tokens"], train=train), _token_weight(batch)
+    found, weight = model(batch["tokens"], train=train), batch["mask"].astype(jnp.float32)
+    weight = weight * batch["weight"][:, None, None] if "weight" in batch else weight
     correct = jnp.sign(found) == jnp.sign(batch["targets"])
     losses = (found - batch["targets"]) ** 2
     return {"loss": (weight * losses).sum(), "correct": (weight * correct).sum(), "weight": weight.sum()}
