@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -27,7 +28,8 @@ def fitted(config: RunConfig, numbers: int) -> RunConfig:
     """
     if config.adapter is None:
         raise ConfigError(f"a budget of {numbers:,} numbers is for adapters; this trains the whole model")
-    method = fitted_method(config.adapter, config.steps, model_config_of(config), numbers)
+    model: Any = model_config_of(config)  # frozen: pydantic makes it hashable
+    method = fitted_method(config.adapter, config.steps, model, numbers)
     return config.model_copy(update={"adapter": method})
 
 

@@ -20,6 +20,7 @@ from vlora_jax.hub.names import Names
 from vlora_jax.hub.peft import Exported, as_lora, read_peft, write_peft
 from vlora_jax.hub.peft_file import find, read_json, read_tensors
 from vlora_jax.models.build import ModelConfig, abstract_model
+from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.config import PretrainedConfig, RunConfig, load_config
 from vlora_jax.training.job import described, model_config_of, parameters
@@ -101,13 +102,7 @@ def read_adapter(
 
 
 def import_adapter(
-    adapter: Path,
-    out: Path,
-    model: Mapping[str, Any],
-    overrides: tuple[str, ...] = (),
-    *,
-    fresh: bool = False,
-    any_base: bool = False,
+    adapter: Path, out: Path, model: Mapping[str, Any], overrides: tuple[str, ...] = (), **options: bool
 ) -> Trained:
     """Make a run directory of a PEFT adapter; what reads runs reads it, but for what needs the data it was trained on.
 
@@ -118,7 +113,7 @@ def import_adapter(
       ResourceError: the directory is not empty.
     """
     checkpoint.refuse_used(out)
-    trained = read_adapter(adapter, model, overrides, fresh=fresh, any_base=any_base)
+    trained = read_adapter(adapter, model, overrides, **options)
     return write_adapter(trained, out, {"peft": str(adapter)})
 
 
@@ -176,6 +171,7 @@ def write_merged(trained: Trained, out: Path) -> Merged:
 def probe(model: ModelConfig, rows: int = 4, length: int = 16) -> tuple[jax.Array, ...]:
     """Random inputs of a model: images or tokens, twice for an encoder–decoder."""
     rng = np.random.default_rng(0)
+    assert not isinstance(model, MatrixConfig)  # which no file of transformers holds
     if isinstance(model, ViTConfig):
         return (jnp.asarray(rng.normal(size=(rows, model.image, model.image, model.channels)), jnp.float32),)
     tokens = lambda: jnp.asarray(rng.integers(0, model.vocabulary, (rows, length)), jnp.int32)

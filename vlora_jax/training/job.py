@@ -39,7 +39,6 @@ from vlora_jax.training.runs import CHECKPOINTS, best_step, read_config
 from vlora_jax.training.step import Batch, TrainState
 from vlora_jax.vertical.plan import Choice
 
-WHOLE_TASKS = {"vit": ("classification",), "matrix": ("matrix_completion",)}  # of models without a choice of head
 TRAINABLE, FROZEN, OPTIMIZER, RNG = "trainable", "frozen", "optimizer", "rng"  # trees of a checkpoint
 
 
@@ -112,8 +111,10 @@ def warned(config: RunConfig, data: DataSet) -> DataSet:
 
 def tasks_of(model: ModelConfig) -> tuple[str, ...]:
     """What a model can learn, which its family and its head decide."""
-    if model.family in WHOLE_TASKS:
-        return WHOLE_TASKS[model.family]
+    if model.family == "vit":
+        return ("classification",)
+    if model.family == "matrix":
+        return ("matrix_completion",)
     heads = {"sequence": ("text_classification",), "lm": ("seq2seq" if model.family == "seq2seq" else "next_token",)}
     return heads.get(model.head, ())
 

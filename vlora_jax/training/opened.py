@@ -101,7 +101,7 @@ def open_adapter(where: str, opened: Opened) -> list[Adapter]:
     trained = read_run(path)
     if trained.adapter is None:
         raise ConfigError(f"{where} trained a model, not an adapter; give it as the model")
-    values = lambda base: fingerprint(base, [trained.adapter])
-    if trained.base is None or values(trained.base) != values(opened.base):
+    adapters = [trained.adapter]
+    if trained.base is None or fingerprint(trained.base, adapters) != fingerprint(opened.base, adapters):
         raise BaseMismatchError(f"{where}: its adapter was trained on another base than this model")
-    return [trained.adapter]
+    return adapters
