@@ -6,6 +6,7 @@ from vlora_jax.adapters.arithmetic import add, average, interpolate, negate, sca
 from vlora_jax.adapters.bilora import BiLoRA
 from vlora_jax.adapters.bind import apply, bind
 from vlora_jax.adapters.bitfit import BitFit
+from vlora_jax.adapters.consensus import dare, ties
 from vlora_jax.adapters.deep_lora import DeepLoRA
 from vlora_jax.adapters.delora import DeLoRA
 from vlora_jax.adapters.diagonal import Diagonal
@@ -94,6 +95,7 @@ __all__ = [
     "combine",
     "convert",
     "count",
+    "dare",
     "expand",
     "find_sites",
     "generate",
@@ -110,6 +112,7 @@ __all__ = [
     "select",
     "split",
     "stack_adapters",
+    "ties",
     "trainable_mask",
     "weighted_sum",
     "write_peft",

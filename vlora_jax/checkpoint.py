@@ -189,6 +189,12 @@ def make_directory(path: Path) -> None:
         raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
+def refuse_used(path: Path) -> None:
+    """Raises ResourceError if a directory that is to be written holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ResourceError(f"{path} is there already and not empty; choose another directory")
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raises ResourceError if the disk has less room than `needed` bytes and a tenth."""
     free = shutil.disk_usage(directory).free

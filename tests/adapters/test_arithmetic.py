@@ -124,9 +124,9 @@ def test_impossible_sums():
     foreign = random_adapter(vj.LoRA(rank=2), parameters(lambda rngs: nnx.Linear(4, 6, rngs=rngs))[1])
     with pytest.raises(TargetError, match="they are of different models"):
         vj.add(one, foreign)
-    with pytest.raises(ConfigError, match="no adapters"):
+    with pytest.raises(ConfigError, match="there are no adapters"):
         vj.add()
-    with pytest.raises(ConfigError, match="1 weights for 2 adapters"):
+    with pytest.raises(ConfigError, match="weighted_sum: 1 weights for 2 adapters"):
         vj.weighted_sum([one, other], [1.0])
     with pytest.raises(ConfigError, match="the weight of adapter 0 is nan"):
         vj.scale(one, float("nan"))

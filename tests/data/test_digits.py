@@ -7,6 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from vlora_jax.data import digits
+from vlora_jax.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +70,22 @@ def test_augmentation_is_a_shift_by_at_most_a_pixel(data):
 
 def test_augmentation_can_be_left_out():
     assert digits.load(augment=False).augment is None
+
+
+def test_turned_images_are_the_same_images(data):
+    """A quarter turn to the left: the first row becomes the first column, from below; four turns are none."""
+    turned = digits.load(turns=1)
+    np.testing.assert_array_equal(turned.train[5]["image"][::-1, 0], data.train[5]["image"][0])
+    np.testing.assert_array_equal(every(turned.held_out, "label"), every(data.held_out, "label"))
+    assert digits.load(turns=3).fingerprint != turned.fingerprint != data.fingerprint
+
+
+def test_few_shots_are_so_many_of_each_class(data):
+    few, again, other = (digits.load(shots=7, shots_seed=seed) for seed in (0, 0, 1))
+    assert np.bincount(every(few.train, "label")).tolist() == [7] * 10
+    assert few.fingerprint == again.fingerprint != other.fingerprint
+    rows = {image.tobytes() for image in every(data.train, "image")}
+    assert all(image.tobytes() in rows for image in every(few.train, "image"))
+    np.testing.assert_array_equal(every(few.held_out, "image"), every(data.held_out, "image"))
+    with pytest.raises(DataError, match=r"data\.shots 900: class '0' has"):
+        digits.load(shots=900)

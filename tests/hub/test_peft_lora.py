@@ -89,6 +89,25 @@ def test_servers_rules(tmp_path):
     assert leaves == {"A.weight", "B.weight", "embedding_A", "embedding_B"}
 
 
+def test_where_no_server_asks_each_site_has_its_own_rank_and_what_is_whole_stays():
+    base = model()[1]
+    methods = [vj.LoRA(rank=2, targets="q", full="norm"), vj.Diagonal(targets="v")]
+    adapters = [moved(vj.init(method, jax.random.key(0), base)) for method in methods]
+    lora, _ = as_lora(base, adapters, max_rank=8, plain=False)
+    assert {path: factors["a"].shape[-1] for path, factors in lora.trainable["sites"].items()} == {
+        "layers/block/attn/q": 2, "layers/block/attn/v": 4,
+    }  # fmt: skip
+    again = jax.eval_shape(lambda base: vj.init(lora.method, jax.random.key(0), base), base)  # read back as a run is
+    assert jax.tree.map(lambda leaf: leaf.shape, again.trainable) == jax.tree.map(
+        lambda leaf: leaf.shape, lora.trainable
+    )
+    ours, expected = total([lora], base), total(adapters, base)
+    for path in expected:
+        close(ours[path], expected[path], 1e-5)
+    with pytest.raises(ConfigError, match="two adapters train the same parameter whole"):
+        as_lora(base, [adapters[0], adapters[0]], max_rank=8, plain=False)
+
+
 def test_what_a_plain_lora_has_no_place_for_is_refused():
     base = model()[1]
     new = lambda **options: vj.init(vj.LoRA(rank=2, targets="q", **options), jax.random.key(0), base)

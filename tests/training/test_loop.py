@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from vlora_jax import checkpoint
-from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, NonFiniteError, ResumeError
+from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, NonFiniteError, ResourceError, ResumeError
 from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.loop import Result, train
 from vlora_jax.training.results import ordinary, read_run, write_ordinary
@@ -266,7 +266,7 @@ def test_merged_parameters_compute_what_the_bound_adapter_computes(adapted, tmp_
     result, _ = quiet(config(tmp_path / "more", "model=null", f"init_from={tmp_path / 'merged'}", "steps=1"))
     best = next(r["loss"] for r in read_metrics(run) if r["kind"] == "held_out" and r["step"] == read_run(run).step)
     assert result.progress.first["loss"] == pytest.approx(best, abs=1e-5)
-    with pytest.raises(ResumeError, match="is there already"):
+    with pytest.raises(ResourceError, match="is there already"):
         write_ordinary(read_run(run), tmp_path / "merged")
     with pytest.raises(CheckpointError, match="holds parameters only"):
         quiet(read_run(tmp_path / "merged").config)

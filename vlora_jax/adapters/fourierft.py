@@ -50,6 +50,7 @@ class FourierFT(SiteMethod):
     paper = "2405.03003"
     formula = "ΔWᵀ = scaling·Re(ifft2(S))"
     trains = "n"
+    size = "frequencies"
     adds_up = True
     verified = "PEFT"
     cost = "builds ΔW by a Fourier transform, forward and backward, and takes the slope of all its entries"

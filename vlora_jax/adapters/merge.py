@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import Adapter, whole_values
-from vlora_jax.adapters.method import over_stack
+from vlora_jax.adapters.method import one_by_one, over_stack
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
 from vlora_jax.errors import BaseMismatchError, ConversionError, expect
@@ -25,7 +25,8 @@ def site_delta(adapter: Adapter, site: Site, kernel: Array) -> Array:
     """
     method, shared = adapter.method.for_site(site), adapter.shared_at(site.path)
     one = lambda kernel, factors: method.delta(kernel.astype(jnp.float32), factors | shared).astype(jnp.float32)
-    return over_stack(one, len(site.stack))(kernel, adapter.factors(site.path))
+    over = one_by_one if method.layerwise else over_stack
+    return over(one, len(site.stack))(kernel, adapter.factors(site.path))
 
 
 def site_shift(adapter: Adapter, site: Site) -> Array | None:

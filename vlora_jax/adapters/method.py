@@ -78,9 +78,13 @@ class Method(ABC):
     on_sites: ClassVar[bool] = True  # changes kernels; else it trains what `full` names and nothing else
     verified: ClassVar[str] = ""  # by which independent evidence
     peft: ClassVar[str] = ""  # the peft_type of its files, where PEFT has it
+    size: ClassVar[str] = (
+        "rank"  # the whole number among its options that says how many numbers it trains, if it has it
+    )
     cost: ClassVar[str] = ""  # why a step takes clearly longer than LoRA's, where it does
     decays: ClassVar[frozenset[str]] = frozenset()  # tensors that weight decay pulls towards zero, where it means none
     default_rate: ClassVar[float] = 1e-3  # AdamW's learning rate at which its defaults train
+    layerwise: ClassVar[bool] = False  # `delta` takes several times the memory of ΔW: one layer at a time
     reads_output: ClassVar[bool] = False  # the gradient needs the layer's own output, which is kept in place of the sum
     # Options that say where it goes, how it starts and how it trains, but not what its tensors do.
     aside: ClassVar[frozenset[str]] = frozenset({"targets", "exclude", "full", "dropout", "start"})
@@ -358,10 +362,10 @@ def check_rank(name: str, rank: int, site: Site, has_table: bool = False) -> Non
         )
 
 
-def check_dropout(name: str, dropout: float) -> None:
+def check_dropout(name: str, dropout: float, field: str = "dropout") -> None:
     """Raises ConfigError unless a dropout is a share of what it drops from."""
     if not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"{name}: dropout is {dropout}; it must be at least 0 and below 1")
+        raise ConfigError(f"{name}: {field} is {dropout}; it must be at least 0 and below 1")
 
 
 def site_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:

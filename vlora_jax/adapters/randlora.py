@@ -54,6 +54,7 @@ class RandLoRA(SiteMethod):
     trains = "n·(min(in, out) + r), n = ⌈min(in, out) / r⌉"
     vertical = False
     verified = "PEFT"
+    size = ""  # a larger rank trains fewer numbers
     cost = "its inner size is that of the kernel: ΔW is built, forward and backward"
     peft = "RANDLORA"
 

@@ -55,6 +55,7 @@ class SpIEL(Method):
     paper = "2401.16405"
     formula = "ΔW = φ at places η"
     trains = "k"
+    size = "number"
     vertical = False
     verified = "NumPy"
     cost = "builds ΔW, forward and backward, and takes the slope of all its entries"

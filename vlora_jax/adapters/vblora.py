@@ -36,6 +36,7 @@ class VBLoRA(Product):
     paper = "2405.15179"
     formula = "ΔW = A B, sub-vectors Σ softmax(top-k)·bank"
     trains = "r·vectors·(in + out) / length at a site, vectors·length once"
+    size = "vectors"
     vertical = False
     verified = "PEFT"
     peft = "VBLORA"

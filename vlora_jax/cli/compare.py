@@ -10,8 +10,18 @@ from rich.console import Console
 
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.cli.train import STOPPED
-from vlora_jax.experiments import report
-from vlora_jax.experiments.compare import Record, cells, chosen, compare, done, load_comparison
+from vlora_jax.experiments import page, report
+from vlora_jax.experiments.compare import (
+    CompareConfig,
+    Record,
+    cells,
+    chosen,
+    compare,
+    compiled_once,
+    done,
+    load_comparison,
+    prepare,
+)
 
 REPORT = "README.md"
 
@@ -25,23 +35,32 @@ def command(
         bool, typer.Option("--dry-run", help="Check all configs, say what is missing, and leave.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The table's lines for programs.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="The report as Markdown, its plots beside it.", show_default="README.md there")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="The report as one page with everything in it.")] = None,
 ) -> None:
     """Train methods on tasks with the same seeds, and compare: accuracy, differences seed by seed, numbers, seconds.
 
     Each run's result is one JSON file under the comparison's [bold]results[/bold]. What is there with the same config
-    is not run again: the same command continues an interrupted comparison, and a new method costs only itself. The
-    report goes to README.md beside the results.
+    is not run again: the same command continues an interrupted comparison, and a new method costs only itself. Runs
+    that a task starts from are trained first. The report goes to README.md beside the results.
 
     [bold]Examples[/bold]
 
-      vlora-jax compare configs/compare_sst2.yaml --dry-run
-      vlora-jax compare configs/compare_sst2.yaml --task sst2_16shot --method lora --method vera
-      vlora-jax compare configs/compare_sst2.yaml --report
+      vlora-jax compare configs/compare/sst2.yaml --dry-run
+
+      vlora-jax compare configs/compare/sst2.yaml --task sst2_16shot --method lora --method vera
+
+      vlora-jax compare configs/compare/digits.yaml --report --html digits.html
     """
-    comparison = load_comparison(config)
-    wanted, console = cells(comparison, task, method), Console(stderr=True)
-    missing = [cell for cell in wanted if done(cell) is None]
+    comparison, console = load_comparison(config), Console(stderr=True)
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not (dry_run or report_only) and not prepare(comparison, task, say):
+        say("stopped; the same command goes on")
+        raise typer.Exit(STOPPED)
+    wanted = cells(comparison, task, method)
+    missing = [cell for cell in wanted if done(cell) is None]
     if dry_run:
         say(f"{len(wanted)} runs, {len(missing)} missing")
         for name in chosen(task, list(comparison.tasks), "task"):
@@ -52,7 +71,9 @@ def command(
     if not report_only:
         say(f"{len(wanted)} runs, {len(missing)} missing; results in {comparison.results}")
         told = lambda place, record: say(f"[{place + 1}/{len(wanted)}] {sentence(record)}")
-        if len(list(compare(wanted, told))) < len(wanted):
+        with compiled_once():
+            records = list(compare(wanted, told))
+        if len(records) < len(wanted):
             say("stopped; the same command runs what is missing")
             raise typer.Exit(STOPPED)
     every = [record for cell in cells(comparison) if (record := done(cell)) is not None]
@@ -60,8 +81,7 @@ def command(
         say(f"no results in {comparison.results} yet; without --report they are made")
         return
     found = report.lines(comparison, every)
-    make_directory(Path(comparison.results))
-    Path(comparison.results, REPORT).write_text(report.markdown(comparison, found), encoding="utf-8")
+    write_reports(comparison, found, markdown or Path(comparison.results, REPORT), html)
     pairs = {(cell.task, cell.method) for cell in wanted}
     asked = [line for line in found if (line.task, line.method) in pairs]
     if as_json:
@@ -73,7 +93,19 @@ def command(
     Console().print(report.legend(comparison), style="dim", soft_wrap=True)
 
 
+def write_reports(comparison: CompareConfig, found: list[report.Line], markdown: Path, html: Path | None) -> None:
+    """The report as Markdown with its plots, and as a page if one is wanted."""
+    pictures = {task: page.draw_pareto(lines) for task, lines in report.by_task(comparison, found).items()}
+    make_directory(markdown.parent)
+    for task, picture in pictures.items():
+        (markdown.parent / report.picture(task)).write_bytes(picture)
+    markdown.write_text(report.markdown(comparison, found), encoding="utf-8")
+    if html is not None:
+        make_directory(html.parent)
+        html.write_text(page.page(comparison, found, pictures), encoding="utf-8")
+
+
 def sentence(record: Record) -> str:
     """A result in half a line."""
-    came = record.failure or f"{record.accuracy:.1%}"
+    came = record.failure or f"accuracy {record.accuracy:.1%}, loss {record.loss:.4g}"
     return f"{record.task}, {record.method}, seed {record.seed}: {came} ({record.seconds:.0f} s)"

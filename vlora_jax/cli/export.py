@@ -1,8 +1,10 @@
 """`vlora-jax export`: a run's adapter as PEFT's files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -41,15 +43,20 @@ def command(
     exported, residuals = export_adapter(trained, out, plain=plain, max_rank=max_rank, limit=limit)
     console = Console()
     if residuals:
-        table = Table(box=None, padding=(0, 2, 0, 0), title="‖ΔW - A B‖ / ‖ΔW‖ over layers", title_justify="left")
-        for name in ("site", "largest", "mean"):
-            table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
-        for path, values in residuals.items():
-            table.add_row(path, f"{values.max():.3g}", f"{values.mean():.3g}")
-        console.print(table)
+        console.print(residual_table(residuals))
     table = plain_table(f"exported {run} at step {trained.step}")
     table.add_row("tensors", f"{exported.tensors}, {exported.numbers:,} numbers, read back")
     table.add_row("method", exported.about)
     table.add_row("written to", str(out))
     table.add_row("load it", f'peft.PeftModel.from_pretrained(base, "{out}")')
     console.print(table)
+
+
+def residual_table(residuals: Mapping[str, np.ndarray]) -> Table:
+    """What a LoRA leaves out of each site's change."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title="‖ΔW - A B‖ / ‖ΔW‖ over layers", title_justify="left")
+    for name in ("site", "largest", "mean"):
+        table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
+    for path, values in residuals.items():
+        table.add_row(path, f"{values.max():.3g}", f"{values.mean():.3g}")
+    return table

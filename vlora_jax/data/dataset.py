@@ -10,7 +10,7 @@ import numpy as np
 from vlora_jax.data.summary import Summary
 
 Example = dict[str, Any]  # arrays by name
-Task = Literal["classification", "next_token", "text_classification", "seq2seq"]
+Task = Literal["classification", "next_token", "text_classification", "seq2seq", "matrix_completion"]
 
 
 @runtime_checkable
@@ -31,7 +31,9 @@ class DataSet:
         all `(length,)`, and `positions` and `segments` where several documents share a row;
         `"text_classification"`: `tokens`, `segments` and perhaps `types`, `(length,)`, and `label`; `"seq2seq"`:
         `tokens` and `segments`, `(length,)`, and `decoder_tokens`, `decoder_segments`, `targets` and `mask`,
-        `(target length,)`. Segments are 0 in padding. Every example has its number in its source as `id`.
+        `(target length,)`; `"matrix_completion"`: `tokens`, rows' numbers `(rows,)`, and `targets` and `mask`,
+        `(rows, columns)`.
+        Segments are 0 in padding. Every example has its number in its source as `id`.
       augment: changes a training example with a NumPy generator that depends on the run's seed and the place of
         the example in the data order alone.
       facts: what a model must fit: `classes` and `image`, or `vocabulary`; the classes' names as `labels`.

@@ -2,7 +2,8 @@
 
 A comparison is a YAML file: tasks are configs of runs with changes, methods are further changes, and every method meets
 every task with the same seeds, so that differences can be taken seed by seed. `{seed}` in a change is the run's seed,
-as in `data.shots_seed={seed}` for a new draw of few-shot rows with every seed.
+as in `data.shots_seed={seed}` for a new draw of few-shot rows with every seed. A budget is one of steps, which the
+task's config sets, and if wanted one of numbers, to which each method's size is fitted.
 """
 
 import hashlib
@@ -12,22 +13,35 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 from pydantic import Field, PositiveInt, ValidationError
 from rich.console import Console
 
 from vlora_jax.adapters.adapter import count
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.errors import CheckpointError, ConfigError, NonFiniteError, VloraError, nearest
+from vlora_jax.experiments.budget import fitted
 from vlora_jax.training.config import RunConfig, Section, explain, load_config, read_yaml
+from vlora_jax.training.evaluate import held_out_marks
+from vlora_jax.training.job import load_data
 from vlora_jax.training.loop import LIBRARIES, train
+from vlora_jax.training.opened import open_model, open_start
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared
+
+
+class Budget(Section):
+    """How much a method may train."""
+
+    numbers: PositiveInt = Field(description="beside what is trained whole; a method's size is the largest that fits")
 
 
 class TaskConfig(Section):
@@ -36,6 +50,14 @@ class TaskConfig(Section):
     config: str | None = Field(default=None, description="a run's YAML file; null: the embedded digits run")
     set: list[str] = Field(default=[], description="changes to it, key.sub=value; {seed} is the run's seed")
     seeds: PositiveInt | None = Field(default=None, description="runs of each method; null: those of the comparison")
+    metric: Literal["accuracy", "loss"] = Field(default="accuracy", description="what methods are judged by")
+    budget: Budget | None = Field(default=None, description="numbers that a method may train; null: as it is set")
+    forget: list[str] = Field(
+        default=[], description="changes, as of data, to what the model could do before: how much its loss rises"
+    )
+    prepare: list[str] = Field(
+        default=[], description="configs of the runs that it starts from, trained first where they are not there"
+    )
 
 
 class CompareConfig(Section):
@@ -67,6 +89,7 @@ class Cell:
     Attributes:
       config: of the run, except for its directory.
       path: of its result.
+      before: the same config on data that the model was good at before; None if that is not asked.
     """
 
     task: str
@@ -74,11 +97,14 @@ class Cell:
     seed: int
     config: RunConfig
     path: Path
+    before: RunConfig | None = None
 
     @property
     def key(self) -> str:
         """Of all that decides the result; a result with another one is out of date."""
         plain = {name: value for name, value in self.config.plain().items() if name not in IGNORED}
+        if self.before is not None:
+            plain["before"] = self.before.plain()["data"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -96,6 +122,8 @@ class Record:
       cpu_seconds: of the same, over all threads, with reading data and model: other work on the machine matters less.
       failure: why it has no result, in one line.
       about: versions, machine, time.
+      bytes: of the adapter's tensors, frozen ones too, as a checkpoint keeps them, or of the model without one.
+      forgetting: by how much the loss on what the model could do before rose; None if that was not asked.
     """
 
     task: str
@@ -112,6 +140,8 @@ class Record:
     cpu_seconds: float
     failure: str = ""
     about: dict[str, str] = field(default_factory=dict)
+    bytes: int | None = None
+    forgetting: float | None = None
 
 
 def load_comparison(path: Path) -> CompareConfig:
@@ -159,12 +189,16 @@ def cells(
             for method in chosen(methods, list(arms), "method"):
                 changes = [*section.set, *arms[method], f"seed={seed}"]
                 changes = [change.replace("{seed}", str(seed)) for change in changes]
+                file = None if section.config is None else Path(section.config)
                 try:
-                    config = load_config(None if section.config is None else Path(section.config), changes)
+                    config = load_config(file, changes)
+                    before = load_config(file, [*changes, *section.forget]) if section.forget else None
+                    if section.budget is not None:
+                        config = fitted(config, section.budget.numbers)
                 except VloraError as error:
                     raise ConfigError(f"{method} on {task}: {error}") from None
                 path = Path(comparison.results, task, method, f"{seed}.json")
-                found.append(Cell(task, method, seed, last_step_only(config), path))
+                found.append(Cell(task, method, seed, last_step_only(config), path, before))
     return sorted(found, key=lambda cell: cell.seed)
 
 
@@ -224,35 +258,78 @@ def compare(
         yield record
 
 
+def prepare(
+    comparison: CompareConfig,
+    tasks: Sequence[str] | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] | None = None,
+) -> bool:
+    """Train the runs that tasks start from, where they are not finished; False if one was stopped by a signal.
+
+    Raises:
+      VloraError: of some kind: one of the configs is wrong, or its run failed.
+    """
+    wanted = [comparison.tasks[task] for task in chosen(tasks, list(comparison.tasks), "task")]
+    for path in dict.fromkeys(path for task in wanted for path in task.prepare):
+        config = load_config(Path(path))
+        notify(f"{path}: {config.run_dir}")
+        if train(config, Console(quiet=True), stop).stopped:
+            return False
+    return True
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """What a run compiles serves the later ones, those of other seeds, unless a cache is set already."""
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
+
+
 def run_cell(cell: Cell, stop: Callable[[], bool] | None = None) -> Record | None:
     """Train one cell in a directory that is removed again; None if it was stopped."""
-    began, cpu = time.monotonic(), time.process_time()
+    spent = stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         config = cell.config.model_copy(update={"run_dir": f"{folder}/run"})
         try:
             result = train(config, Console(quiet=True), stop)
         except NonFiniteError as error:
-            return record_of(cell, None, None, 0, 0, time.monotonic() - began, time.process_time() - cpu, str(error))
-    last = result.progress.last
-    if result.stopped or last is None:
-        return None
+            return record_of(cell, *spent(), failure=str(error))
+        last = result.progress.last
+        if result.stopped or last is None:
+            return None
+        used = spent()  # without the marks on other data, which are no part of learning
+        forgetting = None if cell.before is None else rise(config, cell.before)
     trainable: Any = result.state.trainable
     whole = 0 if config.adapter is None else count(trainable["full"])
-    numbers = count(trainable) - whole
-    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
-    return record_of(cell, last["accuracy"], last["loss"], numbers, whole, seconds, cpu_seconds)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, result.state.frozen)))
+    return record_of(
+        cell, *used, accuracy=last["accuracy"], loss=last["loss"], trained=count(trainable) - whole, whole=whole,
+        bytes=kept, forgetting=forgetting,
+    )  # fmt: skip
 
 
-def record_of(
-    cell: Cell,
-    accuracy: float | None,
-    loss: float | None,
-    trained: int,
-    whole: int,
-    seconds: float,
-    cpu_seconds: float,
-    failure: str = "",
-) -> Record:
+def stopwatch() -> Callable[[], tuple[float, float]]:
+    """Seconds since now, by the clock and of the processor."""
+    began, cpu = time.monotonic(), time.process_time()
+    return lambda: (time.monotonic() - began, time.process_time() - cpu)
+
+
+def rise(run: RunConfig, before: RunConfig) -> float:
+    """By how much a run raised its model's loss on other data's held-out rows."""
+    data = load_data(before)
+    loss = lambda opened: held_out_marks(opened, opened.adapters, data, before.evaluate.batch).loss
+    return loss(open_model(run.run_dir)) - loss(open_start(run))
+
+
+def record_of(cell: Cell, seconds: float, cpu_seconds: float, **found: Any) -> Record:
     """What a cell's run came to, with where and with what it was done."""
     about = {name: version(name) for name in LIBRARIES} | {
         "python": platform.python_version(),
@@ -261,9 +338,10 @@ def record_of(
     }
     rate = cell.config.optimizer.rate
     assert rate is not None
+    nothing: dict[str, Any] = {"accuracy": None, "loss": None, "trained": 0, "whole": 0}
     return Record(
-        cell.task, cell.method, cell.seed, cell.key, accuracy, loss, trained, whole, rate, cell.config.steps,
-        round(seconds, 2), round(cpu_seconds, 2), failure, about,
+        cell.task, cell.method, cell.seed, cell.key, rate=rate, steps=cell.config.steps, about=about,
+        seconds=round(seconds, 2), cpu_seconds=round(cpu_seconds, 2), **nothing | found,
     )  # fmt: skip
 
 

@@ -1,17 +1,18 @@
 """What a comparison came to: means with standard errors, differences seed by seed, as a table and as Markdown."""
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.table import Table
 from scipy import stats
 
-from vlora_jax.experiments.compare import CompareConfig, Record
+from vlora_jax.experiments.compare import CompareConfig, Record, TaskConfig
 
 CONFIDENCE = 0.95
-COLUMNS = ("method", "numbers trained", "rate", "runs", "accuracy", "difference", "beyond noise", "CPU seconds")
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class Mark:
         error = statistics.stdev(values) / math.sqrt(len(values)) if several else math.nan
         return cls(statistics.fmean(values), error, len(values))
 
-    def interval(self) -> float:
-        """Half the width of the confidence interval of the mean, by Student's t; NaN of a single run."""
-        return self.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1)) if self.count > 1 else math.nan
+    def chance(self) -> float | None:
+        """P of Student's t-test that the mean is zero, two-sided; None of a single run."""
+        if self.count < 2:
+            return None
+        if self.error == 0:
+            return float(self.mean == 0)
+        return float(2 * stats.t.sf(abs(self.mean / self.error), self.count - 1))
 
 
 @dataclass(frozen=True)
@@ -43,113 +48,210 @@ class Line:
     """One method on one task.
 
     Attributes:
-      accuracy: over its runs; None if all failed.
+      metric: what `mark` and `difference` are of.
+      trained: numbers, without the `whole` that every method of the task trains.
+      mark: over its runs; None if all failed.
       difference: from the baseline, seed by seed; None of the baseline itself and without a common seed.
+      chance: p of the paired t-test, by Holm's correction for all methods of the task; None without a test.
       failed: runs without a result.
+      bytes: see `Record`, as `forgetting`.
       seconds, cpu_seconds: medians of a run.
     """
 
     task: str
     method: str
+    metric: Literal["accuracy", "loss"]
     trained: int
     whole: int
+    bytes: int | None
     rate: float
-    accuracy: Mark | None
+    mark: Mark | None
     difference: Mark | None
+    chance: float | None
+    forgetting: Mark | None
     failed: int
     seconds: float
     cpu_seconds: float
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether the confidence interval of the difference leaves out zero; None if that cannot be said."""
-        if self.difference is None or self.difference.count < 2:
-            return None
-        return abs(self.difference.mean) > self.difference.interval()
+        """Whether the difference is significant among those of all methods; None if that cannot be said."""
+        return None if self.chance is None else self.chance < 1 - CONFIDENCE
+
+    @property
+    def order(self) -> float:
+        """The smaller, the better."""
+        if self.mark is None:
+            return math.inf
+        return -self.mark.mean if self.metric == "accuracy" else self.mark.mean
 
 
 def lines(comparison: CompareConfig, records: Iterable[Record]) -> list[Line]:
     """One for each task and method that has a result, the best method of a task first."""
-    found: dict[tuple[str, str], dict[int, Record]] = {}
+    found: dict[str, dict[str, dict[int, Record]]] = {task: {} for task in comparison.tasks}
     for record in records:
-        found.setdefault((record.task, record.method), {})[record.seed] = record
+        found[record.task].setdefault(record.method, {})[record.seed] = record
     made = []
-    for (task, method), runs in found.items():
-        marks = accuracies(runs)
-        base = accuracies(found.get((task, comparison.baseline), {}))
-        gaps = [marks[seed] - base[seed] for seed in sorted(marks.keys() & base.keys())]
-        whole = next((run for run in runs.values() if run.accuracy is not None), next(iter(runs.values())))
-        made.append(
-            Line(
-                task, method, whole.trained, whole.whole, whole.rate,
-                Mark.of(list(marks.values())) if marks else None,
-                Mark.of(gaps) if gaps and method != comparison.baseline else None,
-                len(runs) - len(marks),
-                statistics.median(run.seconds for run in runs.values()),
-                statistics.median(run.cpu_seconds for run in runs.values()),
-            )
-        )  # fmt: skip
-    tasks = list(comparison.tasks)
-    return sorted(made, key=lambda line: (tasks.index(line.task), -(line.accuracy.mean if line.accuracy else -1)))
+    for task, methods in found.items():
+        metric = comparison.tasks[task].metric
+        base = marks(methods.get(comparison.baseline, {}), metric)
+        mine = [
+            line_of(runs, metric, {} if method == comparison.baseline else base) for method, runs in methods.items()
+        ]
+        made += sorted(corrected(without_common(mine)), key=lambda line: line.order)
+    return made
 
 
-def accuracies(runs: dict[int, Record]) -> dict[int, float]:
+def line_of(runs: dict[int, Record], metric: Literal["accuracy", "loss"], base: dict[int, float]) -> Line:
+    """A method's runs by seed as one line, with differences from the baseline's marks; its chance is not corrected."""
+    found = marks(runs, metric)
+    gaps = [found[seed] - base[seed] for seed in sorted(found.keys() & base.keys())]
+    difference = Mark.of(gaps) if gaps else None
+    rises = [run.forgetting for run in runs.values() if run.forgetting is not None]
+    whole = next((run for run in runs.values() if run.accuracy is not None), next(iter(runs.values())))
+    return Line(
+        whole.task, whole.method, metric, whole.trained, whole.whole, whole.bytes, whole.rate,
+        Mark.of(list(found.values())) if found else None,
+        difference,
+        None if difference is None else difference.chance(),
+        Mark.of(rises) if rises else None,
+        len(runs) - len(found),
+        statistics.median(run.seconds for run in runs.values()),
+        statistics.median(run.cpu_seconds for run in runs.values()),
+    )  # fmt: skip
+
+
+def without_common(found: Sequence[Line]) -> list[Line]:
+    """Lines of one task whose `trained` is all that trains but for what all of them train whole, which is `whole`."""
+    common = min((line.whole for line in found if line.mark is not None), default=0)
+    beyond = lambda line: max(0, line.trained + line.whole - common)
+    return [dataclasses.replace(line, trained=beyond(line), whole=common) for line in found]
+
+
+def marks(runs: dict[int, Record], metric: str) -> dict[int, float]:
     """By seed, of the runs that have one."""
-    return {seed: run.accuracy for seed, run in runs.items() if run.accuracy is not None}
+    return {seed: getattr(run, metric) for seed, run in runs.items() if getattr(run, metric) is not None}
 
 
-def cells_of(line: Line) -> tuple[str, ...]:
-    """A line's texts, in the order of `COLUMNS`."""
-    percent = lambda mark, sign="": (
-        f"{mark.mean:{sign}.1%}" + ("" if math.isnan(mark.error) else f" ± {mark.error:.1%}")
-    )
+def corrected(found: Sequence[Line]) -> list[Line]:
+    """Lines of one task with their chances after Holm's correction."""
+    tested = [line for line in found if line.chance is not None]
+    chances = iter(holm([line.chance for line in tested if line.chance is not None]))
+    return [line if line.chance is None else dataclasses.replace(line, chance=next(chances)) for line in found]
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """P-values of several tests, so that below α one of all tests errs with a probability of at most α (Holm 1979).
+
+    >>> holm([0.04, 0.01, 0.5])
+    [0.08, 0.03, 0.5]
+    """
+    adjusted, largest = [0.0] * len(chances), 0.0
+    for place, index in enumerate(sorted(range(len(chances)), key=chances.__getitem__)):
+        largest = max(largest, min(1.0, (len(chances) - place) * chances[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def frontier(found: Iterable[Line]) -> list[Line]:
+    """Those lines of one task that no other beats with as few numbers, the fewest numbers first."""
+    best, kept = math.inf, []
+    for line in sorted(found, key=lambda line: (line.trained, line.order)):
+        if line.order < best:
+            best = line.order
+            kept.append(line)
+    return kept
+
+
+def cells_of(line: Line) -> dict[str, str]:
+    """A line's texts by column."""
     failed = f", {line.failed} failed" if line.failed else ""
-    beyond = {None: "", True: "yes", False: "no"}[line.beyond_noise]
-    return (
-        line.method,
-        f"{line.trained:,}",
-        f"{line.rate:g}",
-        f"{line.accuracy.count if line.accuracy else 0}{failed}",
-        percent(line.accuracy) if line.accuracy else "",
-        percent(line.difference, "+") if line.difference else "",
-        beyond,
-        f"{line.cpu_seconds:.0f}",
-    )
+    return {
+        "method": line.method,
+        "numbers trained": f"{line.trained:,}",
+        "bytes": "" if line.bytes is None else f"{line.bytes:,}",
+        "rate": f"{line.rate:g}",
+        "runs": f"{line.mark.count if line.mark else 0}{failed}",
+        line.metric: told(line.mark, line.metric),
+        "difference": told(line.difference, line.metric, "+"),
+        "p": "" if line.chance is None else f"{line.chance:.3f}{' *' if line.beyond_noise else ''}",
+        "forgetting": told(line.forgetting, "loss", "+"),
+        "CPU seconds": f"{line.cpu_seconds:.0f}",
+    }
+
+
+def told(mark: Mark | None, metric: str, sign: str = "") -> str:
+    """A mark and its error in the unit of its metric."""
+    if mark is None:
+        return ""
+    unit = ".1%" if metric == "accuracy" else ".4g"
+    return f"{mark.mean:{sign}{unit}}" + ("" if math.isnan(mark.error) else f" ± {mark.error:{unit[:2]}{unit[-1]}}")
+
+
+def rows_of(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Columns in which something stands, and the texts in them; of one task."""
+    rows = [cells_of(line) for line in found]
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    return columns, [[row[column] for column in columns] for row in rows]
 
 
 def legend(comparison: CompareConfig) -> str:
     """What the columns mean."""
     return (
-        f"Accuracy on the held-out rows after the last step, mean ± standard error over runs. The difference is to "
-        f"{comparison.baseline} with the same seed; it is beyond noise if its {CONFIDENCE:.0%} confidence interval "
-        f"(Student's t) leaves out zero, which among twenty methods that are all alike one does by chance. Numbers "
-        f"trained are without what every method of a task trains whole. CPU seconds are the median of a run's, over "
-        f"all threads, with everything: reading, compiling, training, evaluating."
+        f"Marks are of the held-out rows after the last step, mean ± standard error over runs. The difference is to "
+        f"{comparison.baseline} with the same seed; p is of Student's paired t-test, by Holm's correction for all "
+        f"methods of the task, and * says that it is below {1 - CONFIDENCE:.2f}: without one, a difference is within "
+        f"noise. Numbers trained are without what every method of a task trains whole; bytes are those of all tensors "
+        f"that a checkpoint keeps of an adapter, frozen ones too. Forgetting is by how much the loss on what the model "
+        f"could do before rose. CPU seconds are the median of a run's, over all threads, with everything: reading, "
+        f"compiling, training, evaluating."
     )
+
+
+def about(section: TaskConfig, found: Sequence[Line]) -> str:
+    """What one task is."""
+    changes = " ".join(f"`{change}`" for change in section.set)
+    parts = [
+        (f"`{section.config}`" if section.config else "The embedded digits run") + (changes and f" with {changes}")
+    ]
+    if section.budget is not None:
+        parts.append(f"Each method's size is the largest that trains at most {section.budget.numbers:,} numbers")
+    if section.forget:
+        parts.append(f"What it could do before is {' '.join(f'`{change}`' for change in section.forget)}")
+    if found[0].whole:
+        parts.append(f"Beside each method's numbers, {found[0].whole:,} are trained whole")
+    return "".join(f"{part}. " for part in parts).strip()
 
 
 def table(task: str, found: Sequence[Line]) -> Table:
     """One task's lines for a terminal."""
     shown = Table(title=task, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for place, column in enumerate(COLUMNS):
+    columns, rows = rows_of(found)
+    for place, column in enumerate(columns):
         shown.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
-    for line in found:
-        shown.add_row(*cells_of(line))
+    for row in rows:
+        shown.add_row(*row)
     return shown
 
 
+def by_task(comparison: CompareConfig, found: Sequence[Line]) -> dict[str, list[Line]]:
+    """Lines of the tasks that have some."""
+    mine = {task: [line for line in found if line.task == task] for task in comparison.tasks}
+    return {task: lines for task, lines in mine.items() if lines}
+
+
 def markdown(comparison: CompareConfig, found: Sequence[Line]) -> str:
-    """All tasks' lines as a page."""
+    """All tasks' lines as a page, which shows the pictures `picture(task)` beside it."""
     parts = ["# Comparison", legend(comparison)]
-    for task, section in comparison.tasks.items():
-        mine = [line for line in found if line.task == task]
-        if not mine:
-            continue
-        rows = ["| " + " | ".join(cells_of(line)) + " |" for line in mine]
-        head = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-        changes = " ".join(f"`{change}`" for change in section.set)
-        whole = f" Beside each method's numbers, {mine[0].whole:,} are trained whole." if mine[0].whole else ""
-        task_of = f"`{section.config}`" if section.config else "The embedded digits run"
-        with_changes = f" with {changes}" if changes else ""
-        parts += [f"## {task}", f"{task_of}{with_changes}.{whole}", "\n".join([*head, *rows])]
+    for task, mine in by_task(comparison, found).items():
+        columns, rows = rows_of(mine)
+        head = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+        body = ["| " + " | ".join(row) + " |" for row in rows]
+        shown = f"![{task}: {mine[0].metric} against numbers trained]({picture(task)})"
+        parts += [f"## {task}", about(comparison.tasks[task], mine), "\n".join([*head, *body]), shown]
     return "\n\n".join(parts) + "\n"
+
+
+def picture(task: str) -> str:
+    """The file of a task's Pareto plot."""
+    return f"pareto_{task}.png"

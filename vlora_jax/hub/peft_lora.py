@@ -25,7 +25,7 @@ from vlora_jax.hub.peft_modules import exact
 
 
 def as_lora(
-    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0
+    base: Tree, adapters: Adapter | Sequence[Adapter], max_rank: int, limit: float = 1.0, *, plain: bool = True
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """One plain LoRA that changes the kernels as the adapters together do, and what it leaves out.
 
@@ -36,35 +36,41 @@ def as_lora(
       base: the parameters that the adapters change.
       max_rank: the largest rank that the server takes; the rank is the largest that a module needs.
       limit: largest allowed residual of any module.
+      plain: one rank for all modules and nothing trained whole, as servers want it; else, for our runs and PEFT, each
+        site has the rank that it needs, and what the adapters train whole stays.
 
     Returns:
       The LoRA, and the residual ‖ΔW - A B‖ / ‖ΔW‖ of each site, one value a layer.
 
     Raises:
-      ConversionError: an adapter cannot be merged, changes biases or trains parameters whole, or a residual is above
-        the limit.
-      ConfigError: `max_rank` is below 1.
+      ConversionError: an adapter cannot be merged, changes biases or, if `plain`, trains parameters whole; none
+        changes a kernel; or a residual is above the limit.
+      ConfigError: `max_rank` is below 1, or two adapters train the same parameter whole.
     """
     if max_rank < 1:
         raise ConfigError(f"max_rank is {max_rank}; it must be at least 1")
     several = [adapters] if isinstance(adapters, Adapter) else list(adapters)
-    whole = [path for adapter in several for path in adapter.trainable["full"]]
-    if whole:
+    full = [(path, value) for adapter in several for path, value in adapter.trainable["full"].items()]
+    if full and plain:
         raise ConversionError(
-            f"{whole[0]} is trained whole, which a plain LoRA has no place for; merge the adapter instead"
+            f"{full[0][0]} is trained whole, which a plain LoRA has no place for; merge the adapter instead"
         )
+    if len(dict(full)) < len(full):
+        raise ConfigError("two adapters train the same parameter whole; blend them first, with add, ties and the like")
     sites: dict[str, Site] = {}
     for adapter in several:
         for site in adapter.sites:
             if site_shift(adapter, site) is not None:
                 raise ConversionError(f"the bias of {site.path} is changed, which a plain LoRA has no place for")
             sites[site.path] = site
+    if not sites:
+        raise ConversionError("no kernel is changed: there is nothing to make a LoRA of")
     leaves = flatten(base)
     thin = {path: _thin(several, site, leaves, max_rank) for path, site in sorted(sites.items())}
     rank = max(left.shape[-1] for left, _, _ in thin.values())
     factors, residuals = {}, {}
     for path, (left, right, residual) in thin.items():
-        gap = rank - left.shape[-1]
+        gap = rank - left.shape[-1] if plain else 0
         free = [(0, 0)] * len(sites[path].stack)
         factors[path] = {"a": jnp.pad(left, [*free, (0, 0), (0, gap)]), "b": jnp.pad(right, [*free, (0, gap), (0, 0)])}
         residuals[path] = np.asarray(residual).reshape(-1)
@@ -74,8 +80,14 @@ def as_lora(
             f"{path}, layer {worst.argmax()}: rank {rank} leaves {worst.max():.3g} of the change out, above the limit "
             f"{limit:g}; raise max_rank, or merge the adapter instead"
         )
-    method = LoRA(targets=tuple(exact(path, leaves) for path in thin), rank=rank, alpha=float(rank))
-    return Adapter.of(method, [sites[path] for path in thin], trainable=factors), residuals
+    ranks = {exact(path, leaves): left.shape[-1] for path, (left, _, _) in thin.items()}
+    own = {} if plain else {pattern: each for pattern, each in ranks.items() if each < rank}
+    method = LoRA(
+        targets=tuple(ranks), full=tuple(exact(path, leaves) for path, _ in full) or None, rank=rank, alpha=float(rank),
+        rank_pattern=own, alpha_pattern={pattern: float(each) for pattern, each in own.items()},
+    )  # fmt: skip
+    lora = Adapter.of(method, [sites[path] for path in thin], trainable=factors)
+    return lora.with_trainable(lora.trainable | {"full": dict(full)}), residuals
 
 
 def _thin(adapters: Sequence[Adapter], site: Site, leaves: dict[str, Any], limit: int) -> tuple[Array, Array, Array]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.token_rows import TokenRows
 from vlora_jax.adapters.trees import Tree, flatten
@@ -85,8 +86,7 @@ def write_peft(
     about = form.about({name: value for name, value in config.items() if name not in COMMON})
     metadata = {"format": "pt", FINGERPRINT: fingerprint(base, several)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ResourceError(f"{out} is there already and not empty; choose another directory")
+    checkpoint.refuse_used(out)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         write_tensors(partial / TENSORS, tensors, metadata)

@@ -10,15 +10,17 @@ from jaxtyping import PRNGKeyArray
 from vlora_jax.adapters.sites import split
 from vlora_jax.models.decoder import Decoder, DecoderConfig
 from vlora_jax.models.encoder import Encoder, EncoderConfig
+from vlora_jax.models.matrix import Matrix, MatrixConfig
 from vlora_jax.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from vlora_jax.models.vit import ViT, ViTConfig
 
-ModelConfig = ViTConfig | DecoderConfig | EncoderConfig | Seq2SeqConfig
+ModelConfig = ViTConfig | DecoderConfig | EncoderConfig | Seq2SeqConfig | MatrixConfig
 MODELS: dict[type, Callable[..., nnx.Module]] = {
     ViTConfig: ViT,
     DecoderConfig: Decoder,
     EncoderConfig: Encoder,
     Seq2SeqConfig: Seq2Seq,
+    MatrixConfig: Matrix,
 }
 
 

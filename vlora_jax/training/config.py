@@ -23,6 +23,7 @@ from vlora_jax.data.config import DatasetConfig
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.encoder import EncoderConfig
+from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.models.seq2seq import Seq2SeqConfig
 from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
@@ -61,7 +62,7 @@ class PretrainedConfig(Section):
 
 
 ModelSection = Annotated[
-    ViTConfig | DecoderConfig | EncoderConfig | Seq2SeqConfig | PretrainedConfig, Discriminator("family")
+    ViTConfig | DecoderConfig | EncoderConfig | Seq2SeqConfig | MatrixConfig | PretrainedConfig, Discriminator("family")
 ]
 
 
@@ -71,6 +72,9 @@ class DigitsConfig(Section):
     name: Literal["digits"] = "digits"
     batch: PositiveInt = Field(default=64, description="examples a micro-batch, over all devices")
     augment: bool = Field(default=False, description="shift training images by up to a pixel")
+    turns: int = Field(default=0, ge=0, le=3, description="quarter turns of all images, to the left")
+    shots: PositiveInt | None = Field(default=None, description="so many training images of each class")
+    shots_seed: NonNegativeInt = Field(default=0, description="which ones")
 
 
 class PystdlibConfig(Section):
@@ -82,7 +86,19 @@ class PystdlibConfig(Section):
     length: PositiveInt = Field(default=256, description="tokens a window")
 
 
-DataConfig = Annotated[DigitsConfig | PystdlibConfig | DatasetConfig, Discriminator("name")]
+class LowRankConfig(Section):
+    """A random matrix of low rank, some of whose entries are seen."""
+
+    name: Literal["low_rank"] = "low_rank"
+    batch: Literal[1] = Field(default=1, description="the whole matrix is one example")
+    rows: PositiveInt = 100
+    columns: PositiveInt = 100
+    rank: PositiveInt = 5
+    observed: float = Field(default=0.3, gt=0, lt=1, description="share of the entries to learn from")
+    seed: NonNegativeInt = Field(default=0, description="of the matrix and of what is seen of it")
+
+
+DataConfig = Annotated[DigitsConfig | PystdlibConfig | LowRankConfig | DatasetConfig, Discriminator("name")]
 
 
 class EvaluateConfig(Section):
@@ -133,9 +149,11 @@ VARIANTS: dict[str, type[BaseModel]] = {
     "decoder": DecoderConfig,
     "encoder": EncoderConfig,
     "seq2seq": Seq2SeqConfig,
+    "matrix": MatrixConfig,
     "pretrained": PretrainedConfig,
     "digits": DigitsConfig,
     "pystdlib": PystdlibConfig,
+    "low_rank": LowRankConfig,
     "dataset": DatasetConfig,
 }
 

@@ -10,23 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from vlora_jax import checkpoint
 from vlora_jax.adapters.bind import apply
-from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.mesh import make_mesh
-from vlora_jax.errors import BaseMismatchError, ConfigError, ConversionError, ResourceError
+from vlora_jax.errors import ConfigError, ConversionError
 from vlora_jax.hub import save
 from vlora_jax.hub.names import Names
 from vlora_jax.hub.peft import Exported, as_lora, read_peft, write_peft
 from vlora_jax.hub.peft_file import find, read_json, read_tensors
-from vlora_jax.models.build import ModelConfig
+from vlora_jax.models.build import ModelConfig, abstract_model
+from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.config import PretrainedConfig, RunConfig, load_config
-from vlora_jax.training.job import FROZEN, TRAINABLE, described, model_config_of, parameters
-from vlora_jax.training.results import Trained, ordinary, read_run
-from vlora_jax.training.runs import CHECKPOINTS, CONFIG
+from vlora_jax.training.job import described, model_config_of, parameters
+from vlora_jax.training.results import Trained, base_of, ordinary, write_adapter
 
 HEADS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token", "CAUSAL_LM": "lm", "SEQ_2_SEQ_LM": "lm"}  # by PEFT's task_type
 CLASSIFIER = re.compile(r"\.(classifier|score|classifier\.out_proj)\.weight$")
@@ -73,16 +71,15 @@ def head_of(adapter: Path) -> dict[str, Any]:
     return {"head": head, "classes": classes[0] if classes else None}
 
 
-def import_adapter(
+def read_adapter(
     adapter: Path,
-    out: Path,
     model: Mapping[str, Any],
     overrides: tuple[str, ...] = (),
     *,
     fresh: bool = False,
     any_base: bool = False,
 ) -> Trained:
-    """Make a run directory of a PEFT adapter; what reads runs reads it, but for what needs the data it was trained on.
+    """A PEFT adapter with its base, as if it were a run.
 
     Args:
       model: fields of the run's model section, `{"source": …, "head": …}`.
@@ -93,33 +90,31 @@ def import_adapter(
     Raises:
       AdapterFileError: see `read_peft`.
       ConversionError: the adapter is several in one.
-      ResourceError: the directory is not empty.
     """
-    section = PretrainedConfig(**model)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ResourceError(f"{out} is there already and not empty; choose another directory")
-    start = load_config(None, overrides).model_copy(update={"model": section, "run_dir": str(out)})
+    start = load_config(None, overrides).model_copy(update={"model": PretrainedConfig(**model)})
     shape = model_config_of(start)
     base = parameters(start, shape, make_mesh(devices=jax.devices()[:1]), None)
     adapters = read_peft(adapter, base, names_of_run(start), fresh=fresh, any_base=any_base)
     if len(adapters) > 1:
         kinds = " and ".join(each.method.name for each in adapters)
         raise ConversionError(f"{adapter} holds {kinds}; a run holds one adapter: use vlora_jax.read_peft in Python")
-    config = RunConfig.model_validate(start.plain() | {"adapter": adapters[0].method})
-    about = {
-        "config": config.plain(),
-        "model": shape.model_dump(mode="json"),
-        "base_fingerprint": checkpoint.fingerprint(base),
-        "source_step": None,
-        "data_fingerprint": None,
-        "best": None,
-        "made_from": {"peft": str(adapter)},
-    }
-    saver = checkpoint.Checkpoints(out / CHECKPOINTS)
-    saver.save(0, {TRAINABLE: adapters[0].trainable, FROZEN: adapters[0].frozen}, about)
-    saver.close()
-    (out / CONFIG).write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
-    return read_run(out)
+    return Trained(adapter, start, shape, abstract_model(shape)[0], base, adapters[0], 0)
+
+
+def import_adapter(
+    adapter: Path, out: Path, model: Mapping[str, Any], overrides: tuple[str, ...] = (), **options: bool
+) -> Trained:
+    """Make a run directory of a PEFT adapter; what reads runs reads it, but for what needs the data it was trained on.
+
+    The arguments are those of `read_adapter`.
+
+    Raises:
+      AdapterFileError, ConversionError: see `read_adapter`.
+      ResourceError: the directory is not empty.
+    """
+    checkpoint.refuse_used(out)
+    trained = read_adapter(adapter, model, overrides, **options)
+    return write_adapter(trained, out, {"peft": str(adapter)})
 
 
 def export_adapter(
@@ -144,17 +139,6 @@ def export_adapter(
     if plain:
         adapter, residuals = as_lora(base, adapter, max_rank, limit)
     return write_peft(out, adapter, base, names, base_name=section.source), residuals
-
-
-def base_of(trained: Trained) -> Tree:
-    """A run's base.
-
-    Raises:
-      BaseMismatchError: it could not be found again.
-    """
-    if trained.base is None:
-        raise BaseMismatchError(f"{trained.run}: the adapter's base is needed: {trained.missing}")
-    return trained.base
 
 
 @dataclass(frozen=True)
@@ -187,6 +171,7 @@ def write_merged(trained: Trained, out: Path) -> Merged:
 def probe(model: ModelConfig, rows: int = 4, length: int = 16) -> tuple[jax.Array, ...]:
     """Random inputs of a model: images or tokens, twice for an encoder–decoder."""
     rng = np.random.default_rng(0)
+    assert not isinstance(model, MatrixConfig)  # which no file of transformers holds
     if isinstance(model, ViTConfig):
         return (jnp.asarray(rng.normal(size=(rows, model.image, model.image, model.channels)), jnp.float32),)
     tokens = lambda: jnp.asarray(rng.integers(0, model.vocabulary, (rows, length)), jnp.int32)

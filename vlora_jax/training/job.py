@@ -18,7 +18,7 @@ from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.sites import split
 from vlora_jax.adapters.trees import Tree, flatten
-from vlora_jax.data import digits, pystdlib, text
+from vlora_jax.data import digits, low_rank, pystdlib, text
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed import processes
@@ -86,7 +86,10 @@ def dense_twin(config: ModelConfig) -> int:
 def load_data(config: RunConfig) -> DataSet:
     """The run's data set."""
     if config.data.name == "digits":
-        return digits.load(augment=config.data.augment)
+        section = config.data
+        return digits.load(section.augment, section.turns, section.shots, section.shots_seed)
+    if config.data.name == "low_rank":
+        return low_rank.load(**config.data.model_dump(exclude={"name", "batch"}))
     if config.data.name == "pystdlib":
         return pystdlib.load(config.data.part, config.data.length)
     return warned(config, text.load(config.data, tokenizer_source(config), model_config_of(config)))
@@ -110,6 +113,8 @@ def tasks_of(model: ModelConfig) -> tuple[str, ...]:
     """What a model can learn, which its family and its head decide."""
     if model.family == "vit":
         return ("classification",)
+    if model.family == "matrix":
+        return ("matrix_completion",)
     heads = {"sequence": ("text_classification",), "lm": ("seq2seq" if model.family == "seq2seq" else "next_token",)}
     return heads.get(model.head, ())
 

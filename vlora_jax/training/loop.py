@@ -33,6 +33,7 @@ from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
 LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CURVE = "curve.png"
+UNITS = {"classification": "example", "text_classification": "example", "matrix_completion": "number"}
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Trainer:
         self.stop = processes.agreed(stop, job.mesh)
         self.run = Path(job.config.run_dir)
         self.progress = Progress()
-        self.unit = "example" if job.data.task in ("classification", "text_classification") else "token"
+        self.unit = UNITS.get(job.data.task, "token")
         self.evaluate_compiled = evaluate_step(job.subject)
         self.rate = schedule(self.config.optimizer, self.config.steps)
         self.began = time.monotonic()

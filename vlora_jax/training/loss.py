@@ -48,6 +48,15 @@ def seq2seq(model: Any, batch: dict[str, Array], train: bool) -> Sums:
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], _token_weight(batch))
 
 
+def matrix_completion(model: Callable, batch: dict[str, Array], train: bool) -> Sums:
+    """Squared error of the entries where `mask` is set; correct are those of the right sign."""
+    found, weight = model(batch["tokens"], train=train), batch["mask"].astype(jnp.float32)
+    weight = weight * batch["weight"][:, None, None] if "weight" in batch else weight
+    correct = jnp.sign(found) == jnp.sign(batch["targets"])
+    losses = (found - batch["targets"]) ** 2
+    return {"loss": (weight * losses).sum(), "correct": (weight * correct).sum(), "weight": weight.sum()}
+
+
 def _token_weight(batch: dict[str, Array]) -> Array:
     weight = batch["mask"].astype(jnp.float32)
     return weight * batch["weight"][:, None] if "weight" in batch else weight
@@ -146,4 +155,5 @@ LOSSES: dict[str, Loss] = {
     "next_token": next_token,
     "text_classification": text_classification,
     "seq2seq": seq2seq,
+    "matrix_completion": matrix_completion,
 }

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.mesh import make_mesh
@@ -15,10 +14,11 @@ from vlora_jax.errors import BaseMismatchError, ConfigError
 from vlora_jax.hub.load import load_model
 from vlora_jax.hub.names import Names
 from vlora_jax.hub.peft import read_peft
+from vlora_jax.hub.peft_read import fingerprint
 from vlora_jax.models.build import abstract_model
 from vlora_jax.training.config import PretrainedConfig, RunConfig
 from vlora_jax.training.job import described, model_config_of, parameters, tokenizer_source
-from vlora_jax.training.results import read_run
+from vlora_jax.training.results import Trained, base_of, read_run
 from vlora_jax.training.runs import CONFIG, read_config
 
 
@@ -61,14 +61,20 @@ def open_model(where: str, step: int | None = None, dtype: str | None = None) ->
             read_config(path)
         loaded = load_model(where, dtype=dtype, notify=lambda line: None)
         return Opened(loaded.graphdef, loaded.base, loaded.config, [], str(loaded.directory), loaded.names)
-    trained = read_run(Path(where), step)
-    if trained.base is None:
-        raise BaseMismatchError(f"{where}: the adapter's base is needed: {trained.missing}")
+    return opened_run(read_run(Path(where), step))
+
+
+def opened_run(trained: Trained) -> Opened:
+    """The model of a run that was read.
+
+    Raises:
+      BaseMismatchError: its adapter's base could not be found again.
+    """
     adapters = [] if trained.adapter is None else [trained.adapter]
     model = trained.config.model
     names = described(model).names if isinstance(model, PretrainedConfig) else None
     source = tokenizer_source(trained.config)
-    return Opened(trained.graphdef, trained.base, trained.model, adapters, source, names)
+    return Opened(trained.graphdef, base_of(trained), trained.model, adapters, source, names)
 
 
 def open_start(config: RunConfig) -> Opened:
@@ -84,7 +90,7 @@ def open_adapter(where: str, opened: Opened) -> list[Adapter]:
     """The adapters of a run or of a PEFT directory, for a model.
 
     Raises:
-      BaseMismatchError: they were trained on a base with other values.
+      BaseMismatchError: they were trained on a base with other values than this, where they do not train it whole.
       ConfigError: there is no adapter, or the model has no names by which PEFT's files could be read.
     """
     path = Path(where)
@@ -95,6 +101,7 @@ def open_adapter(where: str, opened: Opened) -> list[Adapter]:
     trained = read_run(path)
     if trained.adapter is None:
         raise ConfigError(f"{where} trained a model, not an adapter; give it as the model")
-    if trained.base is None or checkpoint.fingerprint(trained.base) != checkpoint.fingerprint(opened.base):
+    adapters = [trained.adapter]
+    if trained.base is None or fingerprint(trained.base, adapters) != fingerprint(opened.base, adapters):
         raise BaseMismatchError(f"{where}: its adapter was trained on another base than this model")
-    return [trained.adapter]
+    return adapters

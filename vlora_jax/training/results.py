@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from vlora_jax.adapters.merge import merge
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import held_out_batches
 from vlora_jax.distributed.mesh import make_mesh
-from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, ResumeError, VloraError
+from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, VloraError
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.job import FROZEN, TRAINABLE, load_data, parameters
@@ -116,6 +117,17 @@ def adapters_of(trained: Trained) -> list[tuple[int, Adapter]]:
     return [(step, _adapter(trained.config, shapes, read(step), f"{trained.run}, checkpoint {step}")) for step in whole]
 
 
+def base_of(trained: Trained) -> Tree:
+    """A run's base.
+
+    Raises:
+      BaseMismatchError: it could not be found again.
+    """
+    if trained.base is None:
+        raise BaseMismatchError(f"{trained.run}: the adapter's base is needed: {trained.missing}")
+    return trained.base
+
+
 def ordinary(trained: Trained) -> tuple[nnx.GraphDef, Tree]:
     """A run's model as ordinary dense parameters: vertical stacks expanded, adapters merged.
 
@@ -123,10 +135,50 @@ def ordinary(trained: Trained) -> tuple[nnx.GraphDef, Tree]:
       BaseMismatchError: an adapter's base cannot be found again.
       ConversionError: the method cannot be merged.
     """
-    if trained.base is None:
-        raise BaseMismatchError(f"{trained.run}: the adapter's base is needed: {trained.missing}")
-    graphdef, params = expand(trained.graphdef, trained.base)
+    graphdef, params = expand(trained.graphdef, base_of(trained))
     return graphdef, params if trained.adapter is None else merge(params, trained.adapter)
+
+
+def write_adapter(trained: Trained, out: Path, made_from: Mapping[str, Any]) -> Trained:
+    """Write a run that holds an adapter at step 0 and was trained elsewhere; returns it as it is read back.
+
+    Args:
+      trained: its adapter, of any method that has a config, takes the place of its config's.
+      made_from: what to say of its origin.
+
+    Raises:
+      ResourceError: the directory is not empty.
+      BaseMismatchError: the base cannot be found again.
+    """
+    checkpoint.refuse_used(out)
+    adapter = trained.adapter
+    assert adapter is not None  # callers made it
+    config = RunConfig.model_validate(trained.config.plain() | {"adapter": adapter.method})
+    trees = {TRAINABLE: adapter.trainable, FROZEN: adapter.frozen}
+    found = checkpoint.fingerprint(base_of(trained))
+    write_start(dataclasses.replace(trained, config=config), out, trees, made_from, base_fingerprint=found)
+    return read_run(out)
+
+
+def write_start(
+    trained: Trained, out: Path, trees: Mapping[str, Tree], made_from: Mapping[str, Any], base_fingerprint: str | None
+) -> None:
+    """Write a run directory whose only checkpoint is one of step 0."""
+    config = trained.config.model_copy(update={"run_dir": str(out)})
+    about = {
+        "config": config.plain(),
+        "model": trained.model.model_dump(mode="json"),
+        "base_fingerprint": base_fingerprint,
+        "source_step": trained.about.get("source_step"),
+        "data_fingerprint": trained.about.get("data_fingerprint"),
+        "class_names": trained.class_names,
+        "best": None,
+        "made_from": dict(made_from),
+    }
+    saver = checkpoint.Checkpoints(out / CHECKPOINTS)
+    saver.save(0, dict(trees), about)
+    saver.close()
+    (out / CONFIG).write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -151,31 +203,21 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     """Write a run's model as ordinary dense parameters, into a directory that `init_from` takes.
 
     Raises:
-      ResumeError: the directory is not empty.
+      ResourceError: the directory is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ResumeError(f"{out} is there already and not empty; choose another directory")
+    checkpoint.refuse_used(out)
     graphdef, params = ordinary(trained)
     data = load_data(trained.config)
     batch = next(held_out_batches(data, min(32, len(data.held_out))))
-    inputs = jnp.asarray(batch["tokens" if data.task == "next_token" else "image"])[0]
+    inputs = jnp.asarray(batch["tokens" if "tokens" in batch else "image"])[0]
     before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, inputs)
     after = jax.jit(functools.partial(apply, graphdef))(params, None, inputs)
     model = trained.model.model_copy(update={"vertical": None})
-    config = trained.config.model_copy(update={"run_dir": str(out), "model": model, "init_from": None, "adapter": None})
-    saver = checkpoint.Checkpoints(out / CHECKPOINTS)
-    about: dict[str, Any] = {
-        "config": config.plain(),
-        "model": model.model_dump(mode="json"),
-        "base_fingerprint": None,
-        "source_step": None,
-        "data_fingerprint": data.fingerprint,
-        "best": None,
-        "made_from": {"run": str(trained.run), "step": trained.step},
-    }
-    saver.save(0, {TRAINABLE: params}, about)
-    saver.close()
-    (out / CONFIG).write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    config = trained.config.model_copy(update={"model": model, "init_from": None, "adapter": None})
+    about = {"source_step": None, "data_fingerprint": data.fingerprint}
+    made_from = {"run": str(trained.run), "step": trained.step}
+    whole = dataclasses.replace(trained, config=config, model=model, about=about)
+    write_start(whole, out, {TRAINABLE: params}, made_from, base_fingerprint=None)
     gap, largest = float(jnp.abs(after - before).max()), float(jnp.abs(before).max())
     if not jnp.isfinite(after).all():
         raise ConfigError(f"{out}: the merged model's logits are not finite")

@@ -12,7 +12,7 @@ from vlora_jax.distributed.specs import undivided
 from vlora_jax.training.job import Job, dense_twin
 
 SHOWN = 600  # letters of a piece of an example
-FAMILIES = {"vit": "Vision Transformer", "seq2seq": "encoder–decoder"}
+FAMILIES = {"vit": "Vision Transformer", "seq2seq": "encoder–decoder", "matrix": "matrix of zeros"}
 
 
 def plain_table(title: str) -> Table:
