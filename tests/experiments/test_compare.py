@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +20,7 @@ from vlora_jax.experiments import report
 from vlora_jax.experiments.compare import CompareConfig, Record, cells, compare, done, load_comparison, read_record
 from vlora_jax.training.loop import Progress
 
+ROOT = Path(__file__).parents[2]
 SMALL = ["model.layers=1", "model.width=8", "model.heads=2", "model.vertical=null", "data.batch=8"]
 
 
@@ -290,6 +292,18 @@ def test_a_wrong_comparison_is_one_line(change, tmp_path):
         cells(load_comparison(path))
     assert WRONG[change] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_comparisons_that_come_with_the_project_are_possible(path, monkeypatch):
+    """But for a size for a budget, which takes a model's shapes: those of a run, or of files on a hub."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(module, "fitted", lambda config, numbers: config)
+    given = load_comparison(path)
+    assert len(cells(given)) >= 2
+    for cell in cells(given):
+        starts = [module.load_config(Path(each)).run_dir for each in given.tasks[cell.task].prepare]
+        assert not starts or cell.config.init_from in starts
 
 
 def test_unknown_names_are_refused_with_the_nearest(tmp_path):

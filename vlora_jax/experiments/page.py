@@ -44,6 +44,10 @@ def draw_pareto(found: Sequence[Line]) -> bytes:
             weight="bold" if best else "normal", color=colour,
         )  # fmt: skip
     axes.set_xscale("log" if all(line.trained for line in lines) else "symlog")
+    values = [line.mark.mean for line in lines if line.mark is not None]
+    if not accuracy and min(values, default=0) > 0 and max(values) / min(values) > 20:
+        axes.set_yscale("log")
+    axes.margins(x=0.12)  # for the names
     axes.set_xlabel("numbers trained")
     axes.set_ylabel("accuracy (%)" if accuracy else "loss")
     axes.grid(alpha=0.25)
