@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 import yaml
 from rich.console import Console
@@ -65,7 +66,8 @@ def command(
     console = Console() if processes.is_writer() else Console(quiet=True)
     if dry_run:
         job = Job.of(run)
-        compiled = job.step().lower(job.state, job.base, job.batch).compile()
+        with jax.set_mesh(job.mesh):
+            compiled = job.step().lower(job.state, job.base, job.batch).compile()
         console.print(screens.first_screen(job, compiled.memory_analysis()))
         if job.data.summary is not None:
             console.print(screens.data_screen(job.data.summary), soft_wrap=True)

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from vlora_jax.data.config import DatasetConfig
+from vlora_jax.distributed.mesh import AXES
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.encoder import EncoderConfig
@@ -136,6 +137,16 @@ class MeshConfig(Section):
     data: int = Field(default=-1, json_schema_extra=ANYTIME)
     fsdp: int = Field(default=1, json_schema_extra=ANYTIME)
     tensor: int = Field(default=1, json_schema_extra=ANYTIME)
+    sequence: bool = Field(
+        default=False,
+        description="split lengths over tensor between a block's branches: less memory for long rows",
+        json_schema_extra=ANYTIME,
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 class DistributedConfig(Section):
@@ -196,7 +207,7 @@ class RunConfig(Section):
             self.model.vertical.compounds(self.model.layers)
         if set(self.run_dir) & set("*?[]"):
             raise ValueError(f"run_dir {self.run_dir!r} must be without * ? [ ], which Orbax reads as patterns")
-        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
+        sizes = list(self.mesh.sizes.values())
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh {sizes} must be sizes of at least 1, at most one of them -1")
         if self.log.profiled and self.log.profiled[-1] > self.steps:

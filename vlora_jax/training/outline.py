@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as P
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.distributed.activations import lengths_split
+from vlora_jax.distributed.mesh import check_sequence
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device, like_parameters, shardings
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.training.config import RunConfig
-from vlora_jax.training.loss import LOSSES
+from vlora_jax.training.loss import LOSSES, Loss, Sums
 from vlora_jax.training.optimizers import optimizer
-from vlora_jax.training.step import Subject, TrainState, train_step
+from vlora_jax.training.step import Batch, Subject, TrainState, train_step
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,24 @@ def outline(
 
     Raises:
       TargetError: the adapter finds nothing to change.
+      ConfigError: lengths are to be split, and this model or mesh does not allow it.
     """
-    tensors = placed_tensors(config, mesh, model)
-    subject = Subject(tensors.graphdef, tensors.adapter, LOSSES[task])
+    tensors, loss = placed_tensors(config, mesh, model), LOSSES[task]
+    if config.mesh.sequence:
+        check_sequence(batch["tokens"].shape[2] if model.family == "decoder" else None, mesh)
+        loss = with_lengths_split(loss)
+    subject = Subject(tensors.graphdef, tensors.adapter, loss)
     return Outline(config, mesh, model, subject, tensors.tx, tensors.base, tensors.state, batch)
+
+
+def with_lengths_split(loss: Loss) -> Loss:
+    """`loss` of a model whose activations lie along their length over `tensor` between the branches of blocks."""
+
+    def split(model: Any, batch: Batch, train: bool) -> Sums:
+        with lengths_split():
+            return loss(model, batch, train)
+
+    return split
 
 
 class Tensors(NamedTuple):
