@@ -32,6 +32,8 @@ BAD = {
     "rank above the kernel": ([*ADAPTER, "adapter.rank=17"], "rank 17 is above the smaller side, 16, of "),
     "NaN alpha": ([*ADAPTER, "adapter.alpha=.nan"], "lora: alpha is nan; it must be a finite number"),
     "vertical rank 0": (["model.vertical.increment.rank=0"], "lora: rank is 0; it must be at least 1"),
+    "steps to profile": (["--profile-steps", "0:"], "log.profile_steps: must be the FIRST:LAST step to profile"),
+    "steps beyond the last": (["--profile-steps", "10:13"], "log.profile_steps 10:13 ends beyond the last step, 12"),
     "missing file": (["--config", "configs/defualt.yaml"], "configs/defualt.yaml does not exist; nearest: "),
     "depth not divisible": (["model.layers=7"], "vertical.size 2 does not divide layers 7; nearest size that does: 1"),
     "batch over a mesh": (["data.batch=30"], "data.batch 30 cannot be split over 8 devices"),

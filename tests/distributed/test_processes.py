@@ -1,5 +1,6 @@
 """Two processes are one run: the same rows in the same order, one writer, one end."""
 
+import os
 import re
 import signal
 import time
@@ -222,7 +223,19 @@ def test_bad_input_ends_all_processes_with_one_line_and_2(whole, change, message
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_come_is_waited_for_and_no_longer(tmp_path):
-    alone = launch(tmp_path, "-m", "vlora_jax.cli.main", "train", "distributed.start_seconds=3", absent=1)
-    assert codes(alone, 100) == [2], logs(alone)
-    assert re.search(r"^error: process 0 waited 3 s at localhost:\d+, but not all processes came\n$", alone[0].said)
+def test_a_process_that_does_not_come_is_named_by_all_that_do(tmp_path):
+    train = ("-m", "vlora_jax.cli.main", "train", "distributed.start_seconds=8")
+    here = launch(tmp_path, *train, count=3, absent=1)
+    assert codes(here, 100) == [2, 2], logs(here)
+    for child in here:
+        assert re.fullmatch(r"error: process 2 of 3 did not come to localhost:\d+ within 8 s\n", child.said), logs(here)
+
+
+def test_who_is_missing_is_named_where_jax_finds_the_address(monkeypatch):
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    for name, value in (job | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    for name in processes.EXPLICIT:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"process 1 of 2 did not come to localhost:\d+ within 1 s"):
+        processes.start(1, 1)

@@ -20,7 +20,7 @@ from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed.mesh import abstract_mesh, check_batch, make_mesh, whole_batch
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device, undivided
 from vlora_jax.errors import ConfigError
-from vlora_jax.training.config import load_config
+from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.job import Job
 
 TINY = [
@@ -149,8 +149,14 @@ def test_an_evaluation_batch_is_filled_up_to_the_devices_that_share_it():
     assert whole_batch(7, make_mesh(1, 1, 8)) == 7, "the tensor axis shares no batch"
 
 
+def tiny(overrides: list[str]) -> RunConfig:
+    """A tiny run, vertical unless told otherwise."""
+    dense = "model.vertical=null" in overrides
+    return load_config(None, [each for each in TINY if not (dense and each.startswith("model.vertical."))] + overrides)
+
+
 def ten_steps(overrides: list[str], devices: list[jax.Device]) -> tuple[list[float], dict[str, np.ndarray]]:
-    job = Job.of(load_config(None, TINY + overrides), devices)
+    job = Job.of(tiny(overrides), devices)
     with jax.set_mesh(job.mesh):
         base, state = job.start()
         step = job.step().lower(job.state, job.base, job.batch).compile()  # takes nothing that lies elsewhere

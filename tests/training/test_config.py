@@ -13,6 +13,7 @@ from vlora_jax.vertical.config import Vertical
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT = CONFIGS / "default.yaml"
+PROFILE = "must be the FIRST:LAST step to profile, counted from 1, like 10:12"
 
 
 def mistake(*overrides: str, path: Path | None = None) -> str:
@@ -66,6 +67,10 @@ def test_an_unknown_name_is_answered_with_the_nearest(override, message):
         ("model.layers=10", "vertical.size 4 does not divide layers 10; nearest size that does: 5"),
         ("model=null", "model is null: give a model, or init_from to take one from a run"),
         ("mesh={data: -1, fsdp: -1}", "mesh [-1, -1, 1] must be sizes of at least 1, at most one of them -1"),
+        ("log.profile_steps=12:10", f"log.profile_steps: {PROFILE} (it is '12:10')"),
+        ("log.profile_steps='0:'", f"log.profile_steps: {PROFILE} (it is '0:')"),
+        ("log.profile_steps=0:3", f"log.profile_steps: {PROFILE} (it is '0:3')"),
+        ("log.profile_steps=499:501", "log.profile_steps 499:501 ends beyond the last step, 500"),
         ("mesh.tensor=0", "mesh [-1, 1, 0] must be sizes of at least 1, at most one of them -1"),
     ],
 )
@@ -116,6 +121,7 @@ def test_overrides_are_yaml_values(tmp_path):
     assert config.adapter == vj.LoRA(rank=3, alpha=100.0)
     assert config.model.vertical is None
     assert load_config(path, ["optimizer.rate=1e-3"]).optimizer.rate == 0.001
+    assert load_config(path, ["log.profile_steps=10:12"]).log.profiled == range(10, 13), "no sexagesimal number"
 
 
 @pytest.mark.parametrize("turn", [1, -1])

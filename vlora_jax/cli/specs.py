@@ -22,7 +22,7 @@ from vlora_jax.training.runs import read_config
 def show_specs(run: Path, sizes: str | None, where: str | None, top: int | None, as_json: bool) -> None:
     """Print where a run's tensors lie on its mesh, or on one of other sizes."""
     config = read_config(run)
-    mesh = abstract_mesh(**config.mesh.model_dump(), devices=jax.device_count())
+    mesh = abstract_mesh(**config.mesh.sizes, devices=jax.device_count())
     if sizes is not None:
         parsed = [int(size) if size.strip().isdigit() else 0 for size in sizes.split(",")]
         if len(parsed) != len(AXES) or 0 in parsed:

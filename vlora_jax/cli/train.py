@@ -1,8 +1,10 @@
 """`vlora-jax train`: start a run, or continue the one that is there."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
 import yaml
 from rich.console import Console
@@ -34,6 +36,14 @@ def command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print every key with its effective value as YAML, and leave.")
     ] = False,
+    profile_steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Keep a profiler's trace of these steps, 10:12 for three, in the run directory; log.profile_steps.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a model or an adapter; an interrupted run is continued by the same command.
 
@@ -45,8 +55,10 @@ def command(
       vlora-jax train
       vlora-jax train steps=300 model.vertical.structure=chain run_dir=runs/chain
       vlora-jax train --config configs/stdlib_pretrain.yaml --dry-run
+      vlora-jax train steps=30 run_dir=runs/profiled --profile-steps 20:22
     """
-    run = load_config(config, overrides or ())
+    chosen = [] if profile_steps is None else [f"log.profile_steps={json.dumps(profile_steps)}"]
+    run = load_config(config, [*(overrides or ()), *chosen])
     if print_config:
         typer.echo(yaml.safe_dump(run.plain(), sort_keys=False), nl=False)
         return
@@ -54,7 +66,8 @@ def command(
     console = Console() if processes.is_writer() else Console(quiet=True)
     if dry_run:
         job = Job.of(run)
-        compiled = job.step().lower(job.state, job.base, job.batch).compile()
+        with jax.set_mesh(job.mesh):
+            compiled = job.step().lower(job.state, job.base, job.batch).compile()
         console.print(screens.first_screen(job, compiled.memory_analysis()))
         if job.data.summary is not None:
             console.print(screens.data_screen(job.data.summary), soft_wrap=True)

@@ -3,11 +3,15 @@
 A kernel's inputs lie over `fsdp`, as the batch does. Left alone, XLA gathers the activations of the whole batch and
 adds up partial products of them, as large as all activations; told that they stay split, it gathers the kernel.
 
-Beside a split `tensor` axis all is left to XLA: with all three axes split, its partitioner (jaxlib 0.10.2) makes a
-program of these constraints that computes other gradients.
+Where it is asked for (`lengths_split`), what a block's branches are added to is split over `tensor` as well, along the
+length, and so are the norms: what the devices of `tensor` would each hold and compute alike (arXiv 2205.05198, section
+4.2.2). A branch begins with gathering and ends with a sum of which each device receives its part.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import jax
@@ -17,12 +21,37 @@ from vlora_jax.distributed.mesh import BATCH_AXES
 
 A = TypeVar("A", bound=jax.Array)
 
+_asked = ContextVar("whether lengths are split", default=False)
+
+
+@contextmanager
+def lengths_split() -> Iterator[None]:
+    """Split lengths over `tensor` between the branches of the blocks that are traced inside."""
+    before = _asked.set(True)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
 
 def by_row(x: A) -> A:
-    """`x` with its first axis, the batch, split over `data` and `fsdp` of the mesh in use; the rest is XLA's choice."""
-    if not applies(x):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+    """`x` with its first axis, the batch, split over `data` and `fsdp` of the mesh in use, and nothing else."""
+    return constrained(x) if applies(x) or by_length(x) else x
+
+
+def between(x: A) -> A:
+    """`x (batch, length, width)`, which is added to what a block's branches are added to, as that lies."""
+    return along(x) if by_length(x) else by_row(x)
+
+
+def along(x: A) -> A:
+    """`x (batch, length, width)` split by rows and along its length, where that is asked for."""
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, "tensor")) if by_length(x) else x
+
+
+def whole(x: A) -> A:
+    """The reverse of `along`."""
+    return constrained(x) if by_length(x) else x
 
 
 def looked_up(x: A) -> A:
@@ -35,8 +64,23 @@ def looked_up(x: A) -> A:
     return by_row(x)
 
 
+def constrained(x: A) -> A:
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
 def applies(x: jax.Array) -> bool:
     """Whether there is a mesh with the axes in question, and the batch divides."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    ways = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    return sizes.get("fsdp", 1) > 1 and x.shape[0] % ways == 0
+    return sizes.get("fsdp", 1) > 1 and divides(x)
+
+
+def by_length(x: jax.Array) -> bool:
+    """Whether lengths are to be split, and batch and length divide."""
+    ways = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    return _asked.get() and ways > 1 and x.ndim == 3 and x.shape[1] % ways == 0 and divides(x)
+
+
+def divides(x: jax.Array) -> bool:
+    """Whether the batch can be split over the devices that share it."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH_AXES) == 0

@@ -97,3 +97,23 @@ def check_ways(batch: int, ways: int) -> None:
     """Raises ConfigError if a micro-batch cannot be split evenly over so many devices."""
     if batch % ways:
         raise ConfigError(f"data.batch {batch} cannot be split over {ways} devices (mesh axes data × fsdp)")
+
+
+def check_sequence(length: int | None, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError if rows of so many tokens cannot be split over `tensor` between a block's branches.
+
+    Args:
+      length: None where the model is no decoder.
+    """
+    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    if length is None:
+        raise ConfigError("mesh.sequence splits the rows of a decoder; this model is none")
+    if tensor == 1:
+        raise ConfigError("mesh.sequence splits rows over mesh.tensor, which is 1")
+    if min(data, fsdp) > 1:
+        raise ConfigError(
+            f"mesh.sequence with data {data} × fsdp {fsdp} × tensor {tensor}: one of data and fsdp must be 1; where "
+            "all three are above, XLA's partitioner has computed other gradients"
+        )
+    if length % tensor:
+        raise ConfigError(f"mesh.sequence: rows of {length} tokens cannot be split over mesh.tensor {tensor}")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax import errors
-from vlora_jax.distributed import watch
+from vlora_jax.distributed import rollcall, watch
 from vlora_jax.distributed.watch import WRITER, store
 from vlora_jax.errors import ConfigError, ProcessError, VloraError
 
@@ -105,7 +106,7 @@ def start(start_seconds: int = 300, lost_seconds: int = 60, environment: Mapping
     """Join the other processes that the environment speaks of; must come before any computation.
 
     Args:
-      start_seconds: for all processes to come.
+      start_seconds: for all processes to come, from when process 0 did.
       lost_seconds: of silence after which a process is taken for lost.
 
     Raises:
@@ -114,43 +115,47 @@ def start(start_seconds: int = 300, lost_seconds: int = 60, environment: Mapping
     given = arguments(environment)
     if given is None or watch.current() is not None:
         return
-    address, began = given.get("coordinator_address"), time.monotonic()
-    if address is not None and given.get("process_id", WRITER) != WRITER:
-        reach(address, start_seconds)
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM for itself; the loop has an agreement
-    # JAX aborts where processes are missing, and where one is lost: it gets so much time that others are first.
-    who = f"process {given['process_id']}" if "process_id" in given else "a process"
-    late = ConfigError(f"{who} waited {start_seconds} s at {address or 'the coordinator'}, but not all processes came")
-    timer = threading.Timer(start_seconds - (time.monotonic() - began), watch.give_up, (late,))
-    timer.daemon = True
-    timer.start()
     try:
-        jax.distributed.initialize(
-            **given, initialization_timeout=start_seconds + 60, heartbeat_timeout_seconds=lost_seconds + 60
-        )
+        address, count, process = completed(given, start_seconds)
+        if count is not None and count > 1 and address is not None and process is not None:
+            if process == WRITER:
+                rollcall.call(address, count, start_seconds)
+            else:
+                rollcall.answer(address, process, count, start_seconds)
+        late = ConfigError(f"process {process} waited {start_seconds} s for JAX's service at {address}; one was lost")
+        with timed(start_seconds, late):
+            jax.distributed.initialize(
+                **given, initialization_timeout=start_seconds + 60, heartbeat_timeout_seconds=lost_seconds + 60
+            )
+    except VloraError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         if not given and (isinstance(error, OSError) or "coordinator_address should be defined" in str(error)):
             return  # a TPU that is no worker of a cloud: one machine
         raise ConfigError(f"the processes of this run did not come together: {watch.first_line(error)}") from None
-    finally:
-        timer.cancel()
     if many():
         watch.begin(lost_seconds)
 
 
-def reach(address: str, seconds: float) -> None:
-    """Return once the coordinator answers.
+def completed(given: Mapping[str, Any], seconds: int) -> tuple[str | None, int | None, int | None]:
+    """The coordinator's address, the number of processes and that of this one: as given, or as JAX finds them."""
+    from jax._src.clusters import ClusterEnv  # JAX offers no public way to it
 
-    Raises:
-      ConfigError: it does not.
-    """
-    end = time.monotonic() + seconds
-    while not watch.answers(address):
-        if time.monotonic() > end:
-            raise ConfigError(
-                f"nobody answers at JAX_COORDINATOR_ADDRESS {address} for {seconds:g} s; is process {WRITER} there?"
-            )
-        time.sleep(0.2)
+    known = [given.get(name) for name in ("coordinator_address", "num_processes", "process_id")]
+    return ClusterEnv.auto_detect_unset_distributed_params(*known, None, None, seconds)[:3]
+
+
+@contextmanager
+def timed(seconds: float, late: VloraError) -> Iterator[None]:
+    """End this process with an error if what is inside takes longer; JAX would abort with a dump, and later."""
+    timer = threading.Timer(seconds, watch.give_up, (late,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def gathered(name: str, value: Any = None, seconds: float = 600) -> list[Any]:
@@ -173,10 +178,9 @@ def gathered(name: str, value: Any = None, seconds: float = 600) -> list[Any]:
             left = max(1, int(1000 * (end - time.monotonic())))
             values.append(json.loads(store().blocking_key_value_get(f"{call}/{process}", left)))
         except jax.errors.JaxRuntimeError:
-            missing.append(str(process))
+            missing.append(process)
     if missing:
-        who = f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)}"
-        raise ProcessError(f"{who} did not come to {name!r} in {seconds:g} seconds")
+        raise ProcessError(f"{rollcall.named(missing)} did not come to {name!r} in {seconds:g} seconds")
     return values
 
 

@@ -96,7 +96,7 @@ def is_spec(node: Any) -> bool:
     return isinstance(node, P)
 
 
-def shardings(specs: Tree, mesh: Mesh) -> Tree:
+def shardings(specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Specs bound to a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 

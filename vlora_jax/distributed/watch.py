@@ -45,11 +45,16 @@ def coordinator() -> str:
     return distributed.global_state.coordinator_address or ""
 
 
+def endpoint(address: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, of which the host may be an IPv6 address in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def answers(address: str) -> bool:
     """Whether someone can be reached at `HOST:PORT`."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        socket.create_connection(endpoint(address), timeout=2).close()
     except OSError:
         return False
     return True

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from vlora_jax.distributed.activations import looked_up
+from vlora_jax.distributed.activations import looked_up, whole
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.layers import (
     LLAMA_STYLE,
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
           ConfigError: more tokens than learned positions.
         """
         x, context = self._enter(tokens, positions, segments)
-        return self.norm(self.layers(x, context, each=window_flags(self.config), train=train))
+        return whole(self.norm(self.layers(x, context, each=window_flags(self.config), train=train)))
 
     def extend(
         self,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from vlora_jax.adapters.kept import keep
-from vlora_jax.distributed.activations import by_row
+from vlora_jax.distributed.activations import along, between, by_row
 from vlora_jax.models.attention import attention
 from vlora_jax.models.blocks import Mask, heads_first
 from vlora_jax.models.elementwise import GATED, PLAIN, light, normalised
@@ -346,6 +346,7 @@ class Block(nnx.Module):
           windowed: whether this layer has the window, where layers differ.
           kept: from the call before; None to keep nothing.
         """
+        x_BSD = along(x_BSD)
         out, own = self.attn(self._enter("attn", x_BSD), context, windowed, None if kept is None else kept.own)
         x_BSD = self._leave("attn", x_BSD, out)
         if self.crosses:
@@ -360,7 +361,7 @@ class Block(nnx.Module):
         return by_row(x if self.place == "post" else getattr(self, f"{branch}_norm")(x))
 
     def _leave(self, branch: str, x: Array, out: Array) -> Array:
-        out = by_row(out)
+        out = between(out)
         if self.place == "post":
             return getattr(self, f"{branch}_norm")(keep(x + out))
         return keep(x + (getattr(self, f"{branch}_post_norm")(out) if self.place == "both" else out))

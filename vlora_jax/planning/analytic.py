@@ -32,7 +32,8 @@ def estimate(shapes: Outline, chip: Chip) -> dict[str, Any]:
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) // tensor
     layer = sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in leaves.values() if leaf.ndim > 2) // tensor
     outputs = sum(site.out_dim for site in kernels.values() if site.stack) // tensor
-    kept = {"full": 0, "nested": 0, "dots": outputs, "none": 2 * outputs}[model.remat] + model.width
+    between = model.width // (tensor if shapes.config.mesh.sequence else 1)
+    kept = {"full": 0, "nested": 0, "dots": outputs, "none": 2 * outputs}[model.remat] + between
     widest = 4 * (model.mlp_width * 3 + model.width * 4) // tensor * tokens
     vocabulary = getattr(model, "vocabulary", 0) // tensor
     logits = 3 * 4 * min(tokens, CHUNK) * vocabulary

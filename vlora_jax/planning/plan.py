@@ -126,7 +126,7 @@ def tokens_of(config: RunConfig) -> int:
 
 def check(config: RunConfig, topology: Topology) -> None:
     """Raises ConfigError if the mesh does not multiply to the topology's devices, or they cannot share the batch."""
-    sizes = dict(zip(AXES, filled(**config.mesh.model_dump(), devices=topology.devices), strict=True))
+    sizes = dict(zip(AXES, filled(**config.mesh.sizes, devices=topology.devices), strict=True))
     check_ways(config.data.batch, math.prod(sizes[axis] for axis in BATCH_AXES))
 
 

@@ -1,10 +1,10 @@
-"""The one change that makes a run fit: rematerialisation, smaller micro-batches, another mesh, in this order."""
+"""The one change that makes a run fit: rematerialisation, smaller micro-batches, the mesh, in this order."""
 
 from collections.abc import Callable, Iterator
 
 from vlora_jax.distributed.mesh import filled
 from vlora_jax.planning.plan import Plan
-from vlora_jax.training.config import RunConfig, set_key
+from vlora_jax.training.config import RunConfig, parse_override, set_key
 
 LEANER = ("none", "dots", "full")  # remat policies, each with less memory than the one before
 Change = tuple[str, ...]  # overrides of a config
@@ -34,11 +34,13 @@ def changes(config: RunConfig, devices: int) -> Iterator[Change]:
     if remat in LEANER:
         for policy in LEANER[LEANER.index(remat) + 1 :]:
             yield (f"model.remat={policy}",)
-    shape = filled(**config.mesh.model_dump(), devices=devices)
+    shape = filled(**config.mesh.sizes, devices=devices)
     batch, accumulate, ways = config.data.batch, config.accumulate, shape[0] * shape[1]
     while batch % 2 == 0 and (batch // 2) % ways == 0:
         batch, accumulate = batch // 2, accumulate * 2
         yield f"data.batch={batch}", f"accumulate={accumulate}"
+    if shape[2] > 1 and min(shape[:2]) == 1 and not config.mesh.sequence:
+        yield ("mesh.sequence=true",)
     for tensor in (1, 2, 4, 8, 16):
         other = (1, devices // tensor, tensor)
         if devices % tensor == 0 and other != shape and config.data.batch % other[1] == 0:
@@ -46,9 +48,8 @@ def changes(config: RunConfig, devices: int) -> Iterator[Change]:
 
 
 def changed(config: RunConfig, change: Change) -> RunConfig:
-    """A config with overrides of numbers and words."""
+    """A config with overrides."""
     values = config.plain()
     for override in change:
-        key, _, value = override.partition("=")
-        set_key(values, key, int(value) if value.lstrip("-").isdigit() else value)
+        set_key(values, *parse_override(override))
     return RunConfig.model_validate(values)

@@ -124,7 +124,7 @@ def mesh_of(config: Any, devices: Any) -> Any:
 
     from vlora_jax.distributed.mesh import AXES, filled, make_mesh
 
-    sizes = config.mesh.model_dump()
+    sizes = config.mesh.sizes
     try:
         return make_mesh(**sizes, devices=devices)
     except AssertionError:

@@ -16,10 +16,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from vlora_jax.data.config import DatasetConfig
+from vlora_jax.distributed.mesh import AXES
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.encoder import EncoderConfig
@@ -28,6 +30,7 @@ from vlora_jax.models.seq2seq import Seq2SeqConfig
 from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.optimizers import OptimizerConfig
+from vlora_jax.training.profiling import window
 from vlora_jax.vertical.config import MethodField, Vertical
 
 TAGS = ("model.family", "model.vertical.increment.method", "adapter.method", "data.name")  # which of several sections
@@ -125,6 +128,23 @@ class LogConfig(Section):
     )
     tensorboard: bool = Field(default=True, json_schema_extra=ANYTIME)
     progress: bool = Field(default=True, description="a live bar on a terminal", json_schema_extra=ANYTIME)
+    profile_steps: str | None = Field(
+        default=None,
+        description="FIRST:LAST, of which the profiler keeps a trace in run_dir",
+        json_schema_extra=ANYTIME,
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _check(cls, steps: str | None) -> str | None:
+        if steps is not None:
+            window(steps)
+        return steps
+
+    @property
+    def profiled(self) -> range:
+        """Steps to profile; empty if there are none."""
+        return range(0) if self.profile_steps is None else window(self.profile_steps)
 
 
 class MeshConfig(Section):
@@ -133,6 +153,16 @@ class MeshConfig(Section):
     data: int = Field(default=-1, json_schema_extra=ANYTIME)
     fsdp: int = Field(default=1, json_schema_extra=ANYTIME)
     tensor: int = Field(default=1, json_schema_extra=ANYTIME)
+    sequence: bool = Field(
+        default=False,
+        description="split lengths over tensor between a block's branches: less memory for long rows",
+        json_schema_extra=ANYTIME,
+    )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By axis."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
 
 class DistributedConfig(Section):
@@ -195,9 +225,11 @@ class RunConfig(Section):
             self.model.vertical.compounds(self.model.layers)
         if set(self.run_dir) & set("*?[]"):
             raise ValueError(f"run_dir {self.run_dir!r} must be without * ? [ ], which Orbax reads as patterns")
-        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
+        sizes = list(self.mesh.sizes.values())
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh {sizes} must be sizes of at least 1, at most one of them -1")
+        if self.log.profiled and self.log.profiled[-1] > self.steps:
+            raise ValueError(f"log.profile_steps {self.log.profile_steps} ends beyond the last step, {self.steps}")
         object.__setattr__(self, "optimizer", self.optimizer.resolved(self.adapter))  # what is stored is not open
         return self
 
@@ -257,7 +289,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with two changes: `1e-3` is a number, as in YAML 1.2, and a key that is given twice an error."""
+    """YAML with `1e-3` a number and `10:12` none, as in YAML 1.2, and a key that is given twice an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -266,7 +298,11 @@ class Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
 
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

@@ -165,7 +165,7 @@ class Job(Outline):
         Raises:
           VloraError: of some kind: what the config asks for is impossible.
         """
-        mesh = make_mesh(**config.mesh.model_dump(), devices=devices)
+        mesh = make_mesh(**config.mesh.sizes, devices=devices)
         check_batch(config.data.batch, mesh)
         model = model_config_of(config)
         data = load_data(config)

@@ -28,6 +28,7 @@ from vlora_jax.training.job import Job
 from vlora_jax.training.logs import Log, Silence, draw_curve
 from vlora_jax.training.loss import means
 from vlora_jax.training.optimizers import schedule
+from vlora_jax.training.profiling import PROFILE, profiled
 from vlora_jax.training.runs import CHECKPOINTS, CONFIG, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
@@ -161,7 +162,11 @@ class Trainer:
         self.console.print(screens.first_screen(job, compiled.memory_analysis()))
         if job.data.summary is not None and step == 0:
             self.console.print(screens.data_screen(job.data.summary), soft_wrap=True)
-        with Log(config, self.console, step) if processes.is_writer() else Silence() as self.log:
+        chosen = config.log.profiled if processes.is_writer() else range(0)  # one process shows what all do
+        with (
+            Log(config, self.console, step) if processes.is_writer() else Silence() as self.log,
+            profiled(compiled, chosen, step, self.run / PROFILE, self.log.say) as compiled,
+        ):
             state, step, stopped = self.steps(compiled, base, state, step)
         self.checkpoints.close()
         return self.sum_up(state, step, stopped)
@@ -202,8 +207,10 @@ class Trainer:
         waiting: tuple[int, dict] | None = None  # metrics are read one step late, so that no device waits
         moment = time.monotonic()
         while step < config.steps:
-            batch = next(self.batches)
-            state, metrics = compiled(state, base, self.job.place(batch))
+            with jax.profiler.TraceAnnotation("next batch"):  # so that a profile shows whether devices wait for it
+                batch = next(self.batches)
+                placed = self.job.place(batch)
+            state, metrics = compiled(state, base, placed)
             step += 1
             metrics["batch"] = batch_id(batch)
             if waiting is not None:

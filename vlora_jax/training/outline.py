@@ -1,23 +1,25 @@
 """A run's train step as shapes with their place on a mesh: all that compiling and planning need."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vlora_jax.adapters.adapter import count
+from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.distributed.activations import lengths_split
+from vlora_jax.distributed.mesh import check_sequence
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device, like_parameters, shardings
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.training.config import RunConfig
-from vlora_jax.training.loss import LOSSES
+from vlora_jax.training.loss import LOSSES, Loss, Sums
 from vlora_jax.training.optimizers import optimizer
-from vlora_jax.training.step import Subject, TrainState, train_step
+from vlora_jax.training.step import Batch, Subject, TrainState, train_step
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,41 @@ def outline(
 
     Raises:
       TargetError: the adapter finds nothing to change.
+      ConfigError: lengths are to be split, and this model or mesh does not allow it.
+    """
+    tensors, loss = placed_tensors(config, mesh, model), LOSSES[task]
+    if config.mesh.sequence:
+        check_sequence(batch["tokens"].shape[2] if model.family == "decoder" else None, mesh)
+        loss = with_lengths_split(loss)
+    subject = Subject(tensors.graphdef, tensors.adapter, loss)
+    return Outline(config, mesh, model, subject, tensors.tx, tensors.base, tensors.state, batch)
+
+
+def with_lengths_split(loss: Loss) -> Loss:
+    """`loss` of a model whose activations lie along their length over `tensor` between the branches of blocks."""
+
+    def split(model: Any, batch: Batch, train: bool) -> Sums:
+        with lengths_split():
+            return loss(model, batch, train)
+
+    return split
+
+
+class Tensors(NamedTuple):
+    """What a run holds before a step, as shapes with their place on a mesh; see `Outline`."""
+
+    graphdef: nnx.GraphDef
+    adapter: Adapter | None
+    tx: optax.GradientTransformation
+    base: Tree
+    state: TrainState
+
+
+def placed_tensors(config: RunConfig, mesh: Mesh | AbstractMesh, model: ModelConfig) -> Tensors:
+    """A run's tensors on a mesh, which need not be here.
+
+    Raises:
+      TargetError: the adapter finds nothing to change.
     """
     graphdef, params = abstract_model(model)
     specs = base_specs(params, mesh)
@@ -87,21 +124,25 @@ def outline(
     else:
         (trainable, base), (trainable_specs, _) = (nnx.split_state(tree, nnx.Param, ...) for tree in (params, specs))
         frozen, frozen_specs = {}, {}
-    subject = Subject(graphdef, adapter, LOSSES[task])
     tx = optimizer(config.optimizer, config.steps, trainable, adapter)
     opt_state = jax.eval_shape(tx.init, trainable)
     state = TrainState(jax.ShapeDtypeStruct((), "int32"), trainable, frozen, opt_state, key)
     opt_specs = like_parameters(tx, opt_state, trainable_specs)
     state = placed(state, TrainState(P(), trainable_specs, frozen_specs, opt_specs, P()), mesh)
-    return Outline(config, mesh, model, subject, tx, base, state, batch)
+    return Tensors(graphdef, adapter, tx, base, state)
 
 
 def bytes_of(tree: Tree, mesh: Mesh) -> int:
     """Bytes of placed shapes on one device."""
-    return bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding.spec, tree), mesh)
+    return bytes_per_device(tree, specs_of(tree), mesh)
 
 
-def placed(shapes: Tree, specs: Tree, mesh: Mesh) -> Tree:
+def specs_of(tree: Tree) -> Tree:
+    """Specs of placed shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
+
+
+def placed(shapes: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Shapes with their place on the mesh."""
     place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return jax.tree.map(place, shapes, shardings(specs, mesh))

@@ -81,6 +81,7 @@ def first_screen(job: Job, memory: Any = None) -> Table:
     )
     device = job.mesh.devices.flat[0]
     axes = " × ".join(f"{name} {size}" for name, size in job.mesh.shape.items() if size > 1) or "no mesh"
+    axes += ", lengths over tensor between branches" if config.mesh.sequence else ""
     table.add_row("devices", f"{job.mesh.size} × {device.device_kind} ({axes})")
     for line in undivided(job.base if job.subject.adapter is not None else job.state.trainable, job.mesh):
         table.add_row("replicated", line)
