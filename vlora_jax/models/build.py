@@ -32,7 +32,8 @@ def build(config: ModelConfig, key: PRNGKeyArray) -> nnx.Module:
 def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's graph, and its parameters as shapes; traced once for a config."""
     graphdef, shapes = _abstract(config)  # pyright: ignore[reportArgumentType] # frozen: pydantic makes it hashable
-    return graphdef, jax.tree.map(lambda leaf: leaf, shapes)  # a tree of the caller's own
+    bare = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # without the mesh that the first call saw
+    return graphdef, jax.tree.map(bare, shapes)
 
 
 @functools.lru_cache(maxsize=8)
