@@ -21,6 +21,7 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -114,18 +115,18 @@ class StepRow:
     temporary_bytes: int
 
 
-def batch_of(config: Any, examples: int) -> Batch:
-    """Random inputs and targets, one micro-batch."""
+def batch_of(config: Any, examples: int, length: int = LENGTH) -> Batch:
+    """Random inputs and targets, one micro-batch; `length` tokens of each example, where there are tokens."""
     rng = np.random.default_rng(0)
     integers = lambda below, *shape: jnp.asarray(rng.integers(below, size=(1, examples, *shape)), jnp.int32)
     if isinstance(config, ViTConfig):
         images = rng.normal(size=(1, examples, config.image, config.image, config.channels))
         return {"id": integers(1), "image": jnp.asarray(images, jnp.float32), "label": integers(config.classes)}
-    tokens, targets = (integers(config.vocabulary, LENGTH) for _ in range(2))
+    tokens, targets = (integers(config.vocabulary, length) for _ in range(2))
     return {"id": integers(1), "tokens": tokens, "targets": targets, "mask": jnp.ones_like(tokens)}
 
 
-def compile_step(config: Any, examples: int, method: Method | None) -> Program:
+def compile_step(config: Any, examples: int, method: Method | None, length: int = LENGTH) -> Program:
     """The training step of an adapter on a model, or of the whole model, compiled from shapes."""
     graphdef, _ = abstract_model(config)
     task = "classification" if isinstance(config, ViTConfig) else "next_token"
@@ -146,10 +147,14 @@ def compile_step(config: Any, examples: int, method: Method | None) -> Program:
         trains, base = parts(key)
         return subject.start(trains, tx, key), base
 
-    batch = batch_of(config, examples)
-    compiled = train_step(subject, tx).lower(*jax.eval_shape(start, jax.random.key(0)), batch).compile()
+    return compiled_program(train_step(subject, tx), start, batch_of(config, examples, length), count(trains))
+
+
+def compiled_program(step: Any, start: Callable, batch: Batch, trained: int) -> Program:
+    """A jitted `(state, base, batch) → (state, …)`, compiled for what `start` draws from a key."""
+    compiled = step.lower(*jax.eval_shape(start, jax.random.key(0)), batch).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Program(compiled, jax.jit(start), batch, count(trains), dot_flops(compiled.as_text()), temporary)
+    return Program(compiled, jax.jit(start), batch, trained, dot_flops(compiled.as_text()), temporary)
 
 
 def lora_floor(config: DecoderConfig, examples: int, remat: str) -> tuple[float, int]:
