@@ -75,7 +75,7 @@ def main() -> None:
         call()
         spent = time.perf_counter() - clock, time.process_time() - processor
         table.add_row(name, *(f"{each:.1f}" for each in spent), f"{peak() - before:,.0f}")
-        print(f"{name} done", file=sys.stderr)
+        print(f"{name}: {spent[0]:.1f} s", file=sys.stderr, flush=True)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((one, other))) / 2**20
     Console(width=120).print(table, f"two adapters of {held / 2:,.0f} MiB each on {jax.devices()[0].device_kind}")
 

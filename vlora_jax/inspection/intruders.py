@@ -59,8 +59,8 @@ def intruder_rows(base: Tree, adapter: Adapter, top: int = TOP, epsilon: float =
     for part, _, found in _each(base, adapter, top, epsilon):
         on_output, on_input = (np.asarray(side) for side in (found.output, found.input))
         for place, layer in enumerate(part.layers):
-            counts = (int((side[place] < epsilon).sum()) for side in (on_output, on_input))
-            rows.append(IntruderRow(part.site.path, layer, *counts, tuple(on_output[place].tolist())))
+            out, into = (int((side[place] < epsilon).sum()) for side in (on_output, on_input))
+            rows.append(IntruderRow(part.site.path, layer, out, into, tuple(on_output[place].tolist())))
     return rows
 
 

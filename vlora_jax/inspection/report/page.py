@@ -37,7 +37,7 @@ class Report:
 
 def render(report: Report) -> str:
     """One page of HTML that needs nothing beside itself."""
-    part = lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")
+    part = lambda name: files("vlora_jax.inspection.report").joinpath(name).read_text(encoding="utf-8")
     facts = [(name, value, f"<small>{html.escape(detail)}</small>") for name, value, detail in report.facts]
     sections = [f'<dl class="facts">{_pairs(facts)}</dl>']
     if report.heats:
