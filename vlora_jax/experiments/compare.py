@@ -25,7 +25,9 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.errors import CheckpointError, ConfigError, NonFiniteError, VloraError, nearest
 from vlora_jax.training.config import RunConfig, Section, explain, load_config, read_yaml
-from vlora_jax.training.loop import LIBRARIES, train
+from vlora_jax.training.loop import train
+from vlora_jax.training.progress import LIBRARIES
+from vlora_jax.training.runs import write_whole
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared
 
@@ -270,6 +272,4 @@ def record_of(
 def write(path: Path, record: Record) -> None:
     """Write a result in one piece."""
     make_directory(path.parent)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, json.dumps(asdict(record), indent=1) + "\n")
