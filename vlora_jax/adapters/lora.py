@@ -27,6 +27,10 @@ from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError
 
 Start = Literal["zero_b", "gaussian", "kaiming_both", "xavier_both"]
+ONE_OF_MANY: dict[str, Any] = {  # options that gains, starts and rates have taken the place of
+    "targets": "all-linear", "exclude": None, "rank": 1, "alpha": 1.0, "rank_stabilised": False, "rank_pattern": (),
+    "alpha_pattern": (), "start": "zero_b", "b_rate": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +189,14 @@ class LoRA(Product):
     def sum_factors(self, factors: FactorDict, weights: Array) -> FactorDict:
         a, b = factors["a"], factors["b"] * weights[:, None, None]
         return {"a": a.transpose(1, 0, 2).reshape(a.shape[1], -1), "b": b.reshape(-1, b.shape[2])}
+
+    def joined(self) -> "LoRA":
+        return dataclasses.replace(self, **ONE_OF_MANY)
+
+    def join(self, adapter: Adapter) -> Adapter:
+        gains = {site.path: {"gain": self.gain(site)} for site in adapter.sites}
+        frozen = {path: adapter.frozen["sites"].get(path, {}) | gain for path, gain in gains.items()}
+        return dataclasses.replace(adapter, frozen=adapter.frozen | {"sites": frozen}, method=self.joined())
 
     def groups(self, adapter: Adapter) -> Tree:
         groups = jax.tree.map(lambda _: "adapter", adapter.trainable)

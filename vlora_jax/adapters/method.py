@@ -222,6 +222,21 @@ class Method(ABC):
         """
         return adapter, opt_state
 
+    def joined(self: MethodType) -> MethodType:
+        """This method without the options in which adapters that train in one program may differ; itself for most.
+
+        Methods whose `joined` is the same apply adapters that went through `join` in the same way.
+        """
+        return self
+
+    def join(self, adapter: Adapter) -> Adapter:
+        """An adapter of this method as one of `joined`, with the same change and the same gradients.
+
+        What options decided is now in frozen tensors. Such adapters may differ in their sites and in the sizes of their
+        tensors: filled up with zeros to a common shape they still change and train as before.
+        """
+        return adapter
+
     def exported(self, adapter: Adapter) -> Adapter:
         """What PEFT's files are written of: an adapter of the same change, as they hold it; itself for most methods."""
         return adapter

@@ -6,7 +6,21 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from vlora_jax.cli import compare, diff, doctor, eval, export, generate, import_, inspect, merge, methods, plan, train
+from vlora_jax.cli import (
+    compare,
+    diff,
+    doctor,
+    eval,
+    export,
+    generate,
+    import_,
+    inspect,
+    merge,
+    methods,
+    plan,
+    sweep,
+    train,
+)
 from vlora_jax.distributed.watch import leaving
 from vlora_jax.errors import VloraError
 from vlora_jax.training.allocator import keep_large_buffers
@@ -30,6 +44,7 @@ for name, verb in {
     "export": export,
     "methods": methods,
     "compare": compare,
+    "sweep": sweep,
     "plan": plan,
     "doctor": doctor,
 }.items():
@@ -47,7 +62,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """The command as started from a shell."""
-    if sys.argv[1:2] and sys.argv[1] in ("train", "eval", "generate", "compare"):
+    if sys.argv[1:2] and sys.argv[1] in ("train", "eval", "generate", "compare", "sweep"):
         keep_large_buffers()
     run(sys.argv[1:])
 

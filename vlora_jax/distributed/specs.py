@@ -86,9 +86,10 @@ def adapter_specs(adapter: Adapter, mesh: Mesh | AbstractMesh) -> Adapter:
 
 
 def like_parameters(tx: optax.GradientTransformation, opt_state: Tree, specs: Tree) -> Tree:
-    """Specs for an optimiser's state: like the parameters it belongs to, scalars replicated."""
+    """Specs for an optimiser's state: like the parameters it belongs to; scalars, and sums over axes, replicated."""
+    same = lambda leaf, spec: spec if len(leaf.shape) >= len(spec) and leaf.shape != (1,) else P()
     return optax.tree_utils.tree_map_params(
-        tx, lambda _, spec: spec, opt_state, specs, transform_non_params=lambda _: P(), is_leaf=is_spec
+        tx, same, opt_state, specs, transform_non_params=lambda _: P(), is_leaf=is_spec
     )
 
 

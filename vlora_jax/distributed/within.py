@@ -17,9 +17,10 @@ def target() -> str:
 
 
 def batch_ways() -> int:
-    """Devices that share a batch."""
+    """Devices that share a batch: along axes that are left to the compiler, not those that `shard_map` has taken."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    automatic = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in automatic)
 
 
 def split_batch(x: Array, axis: int = 0) -> Array:

@@ -32,8 +32,10 @@ from vlora_jax.experiments.budget import fitted
 from vlora_jax.training.config import RunConfig, Section, explain, load_config, read_yaml
 from vlora_jax.training.evaluate import held_out_marks
 from vlora_jax.training.job import load_data
-from vlora_jax.training.loop import LIBRARIES, train
+from vlora_jax.training.loop import train
 from vlora_jax.training.opened import open_model, open_start
+from vlora_jax.training.progress import LIBRARIES
+from vlora_jax.training.runs import write_whole
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared
 
@@ -348,6 +350,4 @@ def record_of(cell: Cell, seconds: float, cpu_seconds: float, **found: Any) -> R
 def write(path: Path, record: Record) -> None:
     """Write a result in one piece."""
     make_directory(path.parent)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, json.dumps(asdict(record), indent=1) + "\n")

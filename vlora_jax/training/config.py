@@ -237,11 +237,15 @@ class RunConfig(Section):
         """Everything as JSON values, methods included."""
         return self.model_dump(mode="json")
 
-    def identity(self) -> dict[str, Any]:
-        """What makes a continued run the same run, by dotted key; the rest may change at any time."""
-        flat = flat_keys(self.plain())
+    def decisive(self) -> dict[str, Any]:
+        """What a run's result depends on, by dotted key; the rest may change at any time."""
         schema = anytime_keys(RunConfig)
-        kept = {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{k}.") for k in schema)}
+        at_any_time = lambda key: any(f"{key}.".startswith(f"{each}.") for each in schema)
+        return {key: value for key, value in flat_keys(self.plain()).items() if not at_any_time(key)}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a continued run the same run, by dotted key."""
+        kept = self.decisive()
         open_ended = self.optimizer.schedule == "constant" and self.optimizer.warmup <= self.steps
         if open_ended and (self.adapter is None or self.adapter.for_run(self.steps) == self.adapter):
             kept.pop("steps")  # nothing that was done depends on how long it goes on

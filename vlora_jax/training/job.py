@@ -17,7 +17,7 @@ from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
 from vlora_jax.adapters.sites import split
-from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.adapters.trees import Tree, flatten, unflatten
 from vlora_jax.data import digits, low_rank, pystdlib, text
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
@@ -34,6 +34,7 @@ from vlora_jax.models.build import ModelConfig, abstract_model, build
 from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.models.stack import Stack
 from vlora_jax.training.config import PretrainedConfig, RunConfig
+from vlora_jax.training.optimizers import optimizer
 from vlora_jax.training.outline import Outline, outline, placed
 from vlora_jax.training.runs import CHECKPOINTS, best_step, read_config
 from vlora_jax.training.step import Batch, TrainState
@@ -155,12 +156,13 @@ class Job(Outline):
     data: DataSet
 
     @classmethod
-    def of(cls, config: RunConfig, devices: Sequence[Any] | None = None) -> "Job":
+    def of(cls, config: RunConfig, devices: Sequence[Any] | None = None, data: DataSet | None = None) -> "Job":
         """Resolve everything that can be without a computation.
 
         Args:
           config: of the run.
           devices: to run on; all there are if not given.
+          data: the run's, where it has been read already.
 
         Raises:
           VloraError: of some kind: what the config asks for is impossible.
@@ -168,7 +170,7 @@ class Job(Outline):
         mesh = make_mesh(**config.mesh.sizes, devices=devices)
         check_batch(config.data.batch, mesh)
         model = model_config_of(config)
-        data = load_data(config)
+        data = load_data(config) if data is None else data
         check_fit(model, data, getattr(config.data, "length", None))
         example = next(TrainBatches(data, config.data.batch, config.accumulate, config.seed))
         batch = {
@@ -179,6 +181,14 @@ class Job(Outline):
         if shapes.subject.adapter is not None:
             check_fresh(config, shapes.subject.adapter)
         return cls(**vars(shapes), data=data)
+
+    def with_config(self, config: RunConfig) -> "Job":
+        """The job of a run that differs in its seed, its length and its optimiser's numbers only."""
+        adapter, trainable = self.subject.adapter, self.state.trainable
+        tx = optimizer(config.optimizer, config.steps, trainable, adapter)
+        opt_state = unflatten(jax.eval_shape(tx.init, trainable), flatten(self.state.opt_state))
+        state = dataclasses.replace(self.state, opt_state=opt_state)
+        return dataclasses.replace(self, config=config, tx=tx, state=state)
 
     @property
     def source_step(self) -> int | None:
@@ -198,20 +208,31 @@ class Job(Outline):
         """
         return parameters(self.config, self.model, self.mesh, source_step)
 
-    def start(self) -> tuple[Tree, TrainState]:
-        """The frozen base and the state before the first step."""
-        _, adapter_key, run_key = keys(self.config.seed)
-        params = self.parameters()
-        adapter = self.subject.adapter
-        if adapter is not None:
-            begin = lambda base, key, run_key: self.subject.start(init(adapter.method, key, base), self.tx, run_key)
-            return params, self._jit(begin)(params, adapter_key, run_key)
-        trainable, rest = nnx.split_state(params, nnx.Param, ...)
-        begin = lambda params, run_key: self.subject.start(params, self.tx, run_key)
-        return rest, self._jit(begin)(trainable, run_key)
+    def start(self, params: Tree = None, begin: Callable | None = None) -> tuple[Tree, TrainState]:
+        """The frozen base and the state before the first step.
 
-    def _jit(self, function: Callable) -> Callable:
-        return jax.jit(function, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
+        Args:
+          params: `parameters()`, where they are there already.
+          begin: `beginning` of a job that differs in its seed and its optimiser's numbers only: it is compiled once.
+        """
+        _, adapter_key, run_key = keys(self.config.seed)
+        params = self.parameters() if params is None else params
+        begin = self.beginning if begin is None else begin
+        if self.subject.adapter is not None:
+            return params, begin(params, adapter_key, run_key)
+        trainable, rest = nnx.split_state(params, nnx.Param, ...)
+        return rest, begin(trainable, adapter_key, run_key)
+
+    @cached_property
+    def beginning(self) -> Callable[[Tree, PRNGKeyArray, PRNGKeyArray], TrainState]:
+        """`(parameters that the start reads, key of the adapter, key of the training) → state`, compiled."""
+        subject = self.subject
+
+        def begin(params: Tree, adapter_key: PRNGKeyArray, run_key: PRNGKeyArray) -> TrainState:
+            started = params if subject.adapter is None else init(subject.adapter.method, adapter_key, params)
+            return subject.start(started, self.tx, run_key)
+
+        return jax.jit(begin, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
 
     def place(self, batch: Example) -> Batch:
         """A batch on the devices."""

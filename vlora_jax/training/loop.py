@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +28,12 @@ from vlora_jax.training.logs import Log, Silence, draw_curve
 from vlora_jax.training.loss import means
 from vlora_jax.training.optimizers import schedule
 from vlora_jax.training.profiling import PROFILE, profiled
+from vlora_jax.training.progress import Progress, about, better, not_finite
 from vlora_jax.training.runs import CHECKPOINTS, CONFIG, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
-LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CURVE = "curve.png"
 UNITS = {"classification": "example", "text_classification": "example", "matrix_completion": "number"}
-
-
-@dataclass
-class Progress:
-    """Where a run stands beside its tensors; goes into every checkpoint as it is.
-
-    Attributes:
-      seconds: of training, all sessions together, compilation included.
-      units: examples, or supervised tokens, learnt from.
-      evaluations: after the best one.
-      best: `{"step", "loss", "accuracy"}` of the best evaluation.
-      last: the same of the newest one.
-      first: the same before the first step, where the run starts from trained parameters.
-      early: patience ended the run.
-    """
-
-    seconds: float = 0.0
-    units: float = 0.0
-    evaluations: int = 0
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    first: dict[str, Any] | None = None
-    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,8 +198,7 @@ class Trainer:
                 moment = self.note(step, metrics, moment)  # never save what has not been looked at
                 waiting = None
                 is_best = self.judge(state, base, step) if evaluates else False
-                patience = config.evaluate.patience
-                early = self.progress.early = patience is not None and self.progress.evaluations >= patience
+                patience, early = config.evaluate.patience, self.progress.early
                 if last or early or stopped or is_best or step % config.checkpoint.every == 0:
                     self.save(state, step, is_best)
                 if early and not last:
@@ -238,15 +213,13 @@ class Trainer:
         batch = metrics["batch"]
         host = jax.device_get({name: value for name, value in metrics.items() if name != "batch"})
         now = time.monotonic()
-        if not host["finite"].all():
-            names = leaf_names(self.job.state.trainable)
-            bad = [name for name, good in zip(names, host["finite"], strict=True) if not good]
+        fault = not_finite(host["finite"], leaf_names(self.job.state.trainable))
+        if fault is not None:
             self.checkpoints.close()
             kept = self.checkpoints.steps()
             last = f"the last good checkpoint is step {kept[-1]}" if kept else "there was no checkpoint yet"
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             advice = "Try a lower optimizer.rate or more warmup, in another run_dir"
-            raise NonFiniteError(f"step {step}: {bad[0]}{more} is not finite; {last}. {advice}")
+            raise NonFiniteError(f"step {step}: {fault}; {last}. {advice}")
         if not host["weight"] > 0:
             raise DataError(f"step {step}: every label of the batch is masked, there is nothing to learn from")
         self.progress.units += float(host["weight"])
@@ -264,42 +237,19 @@ class Trainer:
             for batch in held_out_batches(self.job.data, size, local_rows(size, self.job.mesh))
         ]
         found = {"step": step, **{name: value for name, value in means(sums).items() if name != "weight"}}
-        better = self.better(found)
-        self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, better and step > 0)
+        is_best = better(found, self.progress.best, self.config.evaluate.metric)
+        self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, is_best and step > 0)
         return found
-
-    def better(self, found: dict[str, Any]) -> bool:
-        """Whether an evaluation beats the best one so far; where two are equally accurate, the lower loss does."""
-        best = self.progress.best
-        if best is None:
-            return True
-        of_all = lambda mark: (-mark["accuracy"] if self.config.evaluate.metric == "accuracy" else 0, mark["loss"])
-        return of_all(found) < of_all(best)
 
     def judge(self, state: TrainState, base: Tree, step: int) -> bool:
         """Evaluate and keep the books; returns whether this is the best step so far."""
-        found = self.evaluate(state, base, step)
-        is_best = self.better(found)
-        self.progress.last = found
-        self.progress.best = found if is_best else self.progress.best
-        self.progress.evaluations = 0 if is_best else self.progress.evaluations + 1
-        return is_best
+        wanted = self.config.evaluate
+        return self.progress.judge(self.evaluate(state, base, step), wanted.metric, wanted.patience)
 
     def save(self, state: TrainState, step: int, best: bool) -> None:
         """Start saving."""
         self.progress.seconds = self.seconds_before + time.monotonic() - self.began
-        metadata = {
-            "config": self.config.plain(),
-            "model": self.job.model.model_dump(mode="json"),
-            "base_fingerprint": self.fingerprint,
-            "source_step": self.source_step,
-            "data_fingerprint": self.job.data.fingerprint,
-            "data": self.batches.state(),
-            "class_names": self.job.data.facts.get("labels"),
-            "versions": {name: version(name) for name in LIBRARIES},
-            "best": self.progress.best,
-            "progress": asdict(self.progress),
-        }
+        metadata = about(self.job, self.progress, self.batches.state(), self.fingerprint, self.source_step)
         self.checkpoints.save(step, self.job.trees(state), metadata, best)
 
     def sum_up(self, state: TrainState, step: int, stopped: bool) -> Result:

@@ -1,7 +1,7 @@
 """Losses as sums and weights, so that micro-batches of unequal size add up exactly."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,7 +143,7 @@ def _zero() -> Sums:
     return {name: jnp.zeros(()) for name in ("loss", "correct", "weight")}
 
 
-def means(sums: Sequence[Sums]) -> dict[str, float]:
+def means(sums: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Loss and accuracy over several batches' sums, and the weight of them all."""
     totals = {name: sum(float(each[name]) for each in jax.device_get(sums)) for name in ("loss", "correct", "weight")}
     weight = max(totals["weight"], 1e-9)

@@ -1,7 +1,11 @@
 """The optax chain of a run: clip, adapt, decay, schedule, rates of groups."""
 
+import dataclasses
+import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import jax
 import optax
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -64,6 +68,26 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, config.rate, warmup), after], [warmup])
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """What an optimiser computes with, beside its schedule: numbers, or traced scalars in a program of several runs.
+
+    Attributes:
+      clip: largest norm of the gradient; infinite to leave it.
+      relative: learning rate of each trained leaf, by path.
+    """
+
+    clip: Any
+    decay: Any
+    b1: Any
+    b2: Any
+    eps: Any
+    relative: dict[str, Any]
+
+
+jax.tree_util.register_dataclass(Numbers, [each.name for each in dataclasses.fields(Numbers)], [])
+
+
 def optimizer(
     config: OptimizerConfig, steps: int, trainable: Tree, adapter: Adapter | None
 ) -> optax.GradientTransformation:
@@ -77,19 +101,41 @@ def optimizer(
       TargetError: a group's pattern matches nothing.
     """
     config = config.resolved(adapter and adapter.method)
+    numbers = numbers_of(config, trainable, adapter)
+    return chain(config.name, schedule(config, steps), numbers, decayed(trainable, adapter))
+
+
+def numbers_of(config: OptimizerConfig, trainable: Tree, adapter: Adapter | None) -> Numbers:
+    """The numbers of a config whose decay is not open; see `optimizer`."""
+    clip = math.inf if config.clip is None else config.clip
+    return Numbers(clip, config.decay, config.b1, config.b2, config.eps, rates(config, trainable, adapter))
+
+
+def chain(name: str, rate: optax.Schedule, numbers: Numbers, decays: Tree) -> optax.GradientTransformation:
+    """The transformation that an optimiser's name and numbers make.
+
+    Args:
+      decays: where weight decay applies, in the form of what trains.
+    """
     scale = {
-        "adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps),
-        "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
-        "sgd": lambda: optax.trace(config.b1),
+        "adamw": lambda: optax.scale_by_adam(numbers.b1, numbers.b2, numbers.eps),
+        "lion": lambda: optax.scale_by_lion(numbers.b1, numbers.b2),
+        "sgd": lambda: optax.trace(numbers.b1),
         "adafactor": lambda: optax.scale_by_factored_rms(),
-    }[config.name]
+    }[name]
+    plain = optax.identity()
     return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        plain if is_number(numbers.clip, math.inf) else optax.clip_by_global_norm(numbers.clip),
         scale(),
-        optax.add_decayed_weights(config.decay, mask=decayed(trainable, adapter)) if config.decay else optax.identity(),
-        optax.scale_by_learning_rate(schedule(config, steps)),
-        scale_by(rates(config, trainable, adapter)),
+        plain if is_number(numbers.decay, 0.0) else optax.add_decayed_weights(numbers.decay, mask=decays),
+        optax.scale_by_learning_rate(rate),
+        scale_by(numbers.relative),
     )
+
+
+def is_number(value: Any, number: float) -> bool:
+    """Whether a value is known to be this number; one that is traced never is."""
+    return isinstance(value, int | float) and value == number
 
 
 def decayed(trainable: Tree, adapter: Adapter | None = None) -> Tree:
@@ -121,9 +167,9 @@ def rates(config: OptimizerConfig, trainable: Tree, adapter: Adapter | None) -> 
     return relative
 
 
-def scale_by(relative: dict[str, float]) -> optax.GradientTransformation:
+def scale_by(relative: dict[str, Any]) -> optax.GradientTransformation:
     """Multiply each leaf's update by its own factor."""
-    if all(rate == 1.0 for rate in relative.values()):
+    if all(is_number(rate, 1.0) for rate in relative.values()):
         return optax.identity()
 
     def update(updates: Tree, params: Any = None) -> Tree:

@@ -125,11 +125,24 @@ def placed_tensors(config: RunConfig, mesh: Mesh | AbstractMesh, model: ModelCon
         (trainable, base), (trainable_specs, _) = (nnx.split_state(tree, nnx.Param, ...) for tree in (params, specs))
         frozen, frozen_specs = {}, {}
     tx = optimizer(config.optimizer, config.steps, trainable, adapter)
-    opt_state = jax.eval_shape(tx.init, trainable)
-    state = TrainState(jax.ShapeDtypeStruct((), "int32"), trainable, frozen, opt_state, key)
-    opt_specs = like_parameters(tx, opt_state, trainable_specs)
-    state = placed(state, TrainState(P(), trainable_specs, frozen_specs, opt_specs, P()), mesh)
+    state = placed(*state_of(tx, (trainable, frozen), (trainable_specs, frozen_specs)), mesh)
     return Tensors(graphdef, adapter, tx, base, state)
+
+
+def state_of(
+    tx: optax.GradientTransformation, tensors: tuple[Tree, Tree], specs: tuple[Tree, Tree]
+) -> tuple[TrainState, TrainState]:
+    """A state's shapes and specs.
+
+    Args:
+      tensors: shapes of what trains, and of what is frozen beside it.
+      specs: of the same.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    opt_state = jax.eval_shape(tx.init, tensors[0])
+    opt_specs = like_parameters(tx, opt_state, specs[0])
+    shapes = TrainState(jax.ShapeDtypeStruct((), "int32"), *tensors, opt_state, key)
+    return shapes, TrainState(P(), *specs, opt_specs, P())
 
 
 def bytes_of(tree: Tree, mesh: Mesh) -> int:

@@ -43,21 +43,23 @@ def open_run(config: RunConfig) -> bool:
     """
     run = Path(config.run_dir)
     if (run / CONFIG).exists():
-        was, now = read_config(run).identity(), config.identity()
-        told = lambda values, key: repr(values[key]) if key in values else "absent"
-        keys = [key for key in was | now if told(was, key) != told(now, key)]
-        keys.sort(key=lambda key: (not (key in was and key in now), key))
-        if keys:
-            shown = [f"{key} was {told(was, key)}, is {told(now, key)}" for key in keys[:5]]
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            raise ResumeError(f"{run} belongs to another config: {'; '.join(shown)}{more}; choose another run_dir")
+        differences = differing(read_config(run).identity(), config.identity())
+        if differences:
+            raise ResumeError(f"{run} belongs to another config: {differences}; choose another run_dir")
         checkpoint.make_directory(run)
         return True
     checkpoint.make_directory(run)
-    partial = run / f".{CONFIG}.{os.getpid()}"
-    partial.write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
-    partial.rename(run / CONFIG)
+    write_whole(run / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False))
     return False
+
+
+def differing(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """How two flat configs differ, in a line; empty if they don't."""
+    told = lambda values, key: repr(values[key]) if key in values else "absent"
+    keys = [key for key in was | now if told(was, key) != told(now, key)]
+    keys.sort(key=lambda key: (not (key in was and key in now), key))
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return "; ".join(f"{key} was {told(was, key)}, is {told(now, key)}" for key in keys[:5]) + more
 
 
 def refuse_foreign(run: Path) -> None:
@@ -67,8 +69,8 @@ def refuse_foreign(run: Path) -> None:
 
 
 @contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Keep a second process out of a run's directory.
+def lock(run: Path, key: str = "run_dir") -> Iterator[None]:
+    """Keep a second process out of a directory; `key` of the config names it.
 
     Raises:
       ResumeError: there is one already.
@@ -78,7 +80,7 @@ def lock(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ResumeError(f"another process is training in {run}; wait for it or choose another run_dir") from None
+            raise ResumeError(f"another process is training in {run}; wait for it or choose another {key}") from None
         yield
 
 
@@ -145,6 +147,11 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 def keep_metrics(run: Path, step: int) -> None:
     """Drop what metrics.jsonl says about later steps than `step`: they will be done again."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(run) if record["step"] <= step]
-    partial = run / f".{METRICS}.{os.getpid()}"
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.rename(run / METRICS)
+    write_whole(run / METRICS, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece: whole, or as it was before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

@@ -83,15 +83,21 @@ class Subject:
 def train_step(
     subject: Subject, tx: optax.GradientTransformation, out_shardings: Any = None
 ) -> Callable[[TrainState, Tree, Batch], tuple]:
-    """`(state, base, batch) → (state, metrics)`, compiled, the state donated.
+    """`updated`, compiled, the state donated.
+
+    Args:
+      out_shardings: of state and metrics, so that a state stays where it was put on a mesh.
+    """
+    return jax.jit(updated(subject, tx), donate_argnums=0, out_shardings=out_shardings)
+
+
+def updated(subject: Subject, tx: optax.GradientTransformation) -> Callable[[TrainState, Tree, Batch], tuple]:
+    """`(state, base, batch) → (state, metrics)`, a pure function: one step.
 
     Arrays of the batch are `(micro-batches, examples, …)`. Losses are summed over all micro-batches and divided by
     the sum of their weights, so that K micro-batches equal one batch, whatever their weights. A step whose loss or
     gradient is not finite changes nothing; `metrics["finite"]` says which: the loss first, then the trained
     leaves in the order of `leaf_names`.
-
-    Args:
-      out_shardings: of state and metrics, so that a state stays where it was put on a mesh.
     """
 
     def step(state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -135,7 +141,7 @@ def train_step(
         metrics = {"loss": loss, "accuracy": sums["correct"] / weight, "weight": sums["weight"]}
         return state, metrics | {"gradient_norm": optax.tree.norm(grads), "finite": finite}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    return step
 
 
 def _divisor(sums: Sums) -> Array:
@@ -177,10 +183,15 @@ def leaf_names(trainable: Tree) -> list[str]:
 
 
 def evaluate_step(subject: Subject) -> Callable[[TrainState, Tree, Batch], Sums]:
-    """`(state, base, batch) → sums`, compiled; arrays of the batch are `(1, examples, …)`."""
+    """`evaluated`, compiled."""
+    return jax.jit(evaluated(subject))
+
+
+def evaluated(subject: Subject) -> Callable[[TrainState, Tree, Batch], Sums]:
+    """`(state, base, batch) → sums`, a pure function; arrays of the batch are `(1, examples, …)`."""
 
     def step(state: TrainState, base: Tree, batch: Batch) -> Sums:
         model = subject.model(state.trainable, state.frozen, base)
         return subject.loss(model, jax.tree.map(lambda leaf: leaf[0], batch), False)
 
-    return jax.jit(step)
+    return step
