@@ -146,4 +146,5 @@ def test_charts_leave_out_what_cannot_be_drawn():
     long = [(float(x), 0.0) for x in range(5000)]
     assert len(thinned(long)) <= 600
     assert (thinned(long)[0], thinned(long)[-1], thinned(long[:3])) == (long[0], long[-1], long[:3])
-    assert log_ticks(0.1, 0.9) == [2.0, 5.0]
+    assert log_ticks(-0.1, 0.9) == [1.0, 2.0, 5.0]
+    assert log_ticks(0.1, 0.9) == [2.0, 4.0, 6.0]

@@ -142,8 +142,8 @@ def completed(given: Mapping[str, Any], seconds: int) -> tuple[str | None, int |
     """The coordinator's address, the number of processes and that of this one: as given, or as JAX finds them."""
     from jax._src.clusters import ClusterEnv  # JAX offers no public way to it
 
-    known = [given.get(name) for name in ("coordinator_address", "num_processes", "process_id")]
-    return ClusterEnv.auto_detect_unset_distributed_params(*known, None, None, seconds)[:3]
+    address, count, process = (given.get(name) for name in ("coordinator_address", "num_processes", "process_id"))
+    return ClusterEnv.auto_detect_unset_distributed_params(address, count, process, None, None, seconds)[:3]
 
 
 @contextmanager

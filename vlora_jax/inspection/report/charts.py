@@ -148,7 +148,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     tens = within([10.0**decade for decade in decades if decade % every == 0])
     if len(tens) >= 3:
         return tens
-    return within([factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]) or [10**low]
+    steps = within([factor * 10.0**decade for decade in decades for factor in (1, 2, 5)])
+    return steps if len(steps) >= 3 else ticks(10**low, 10**high, 5)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
