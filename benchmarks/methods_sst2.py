@@ -57,13 +57,15 @@ def outcome(line: report.Line) -> str:
 def claims(found: list[report.Line]) -> Table:
     """What papers say, and what came out here."""
     by_place = {(line.task, line.method): line for line in found}
-    shown = Table("method", "task", "claim", "numbers ÷ LoRA's", "difference, 95 % interval", "here", box=None)
+    shown = Table("method", "task", "claim", "numbers ÷ LoRA's", "difference", "p (Holm)", "here", box=None)
     for claim in CLAIMS:
         line, lora = by_place.get((claim.task, claim.method)), by_place.get((claim.task, "lora"))
         if line is None or lora is None or line.difference is None:
             continue
-        gap = f"{line.difference.mean:+.1%} ± {line.difference.interval():.1%}"
-        shown.add_row(claim.method, claim.task, claim.says, f"{line.trained / lora.trained:.3f}", gap, outcome(line))
+        gap = f"{line.difference.mean:+.1%} ± {line.difference.error:.1%}"
+        chance = "" if line.chance is None else f"{line.chance:.3f}"
+        ratio = f"{line.trained / lora.trained:.3f}"
+        shown.add_row(claim.method, claim.task, claim.says, ratio, gap, chance, outcome(line))
     return shown
 
 

@@ -117,7 +117,8 @@ def _factorise(
         right = jnp.concatenate([pair[1] for pair in pairs if pair], axis=0)
         if left.shape[1] <= limit:
             return left, right, jnp.zeros(())
-        return cut(*product_svd(left, right), limit)
+        u, values, v = product_svd(left, right)
+        return cut(u, values, v, limit)
 
     return one_by_one(one, dims)(kernel, factors)
 

@@ -8,6 +8,8 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.adapters.sites import find_sites
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.distributed.chips import Chip
+from vlora_jax.errors import ConfigError
+from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.planning.job import lasting_bytes
 from vlora_jax.training.loss import CHUNK
 from vlora_jax.training.outline import Outline
@@ -24,6 +26,8 @@ def estimate(shapes: Outline, chip: Chip) -> dict[str, Any]:
     either direction.
     """
     mesh, model, batch = shapes.mesh.shape, shapes.model, shapes.batch
+    if isinstance(model, MatrixConfig):
+        raise ConfigError(f"model.family {model.family} has no layers to estimate; plan it for a TPU topology")
     fsdp, tensor, data = mesh["fsdp"], mesh["tensor"], mesh["data"]
     rows = batch["tokens"].shape[1:] if "tokens" in batch else (*batch["image"].shape[1:2], count_patches(model))
     tokens, size = rows[0] * rows[1] // (data * fsdp), 2 if model.dtype == "bfloat16" else 4
