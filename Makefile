@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test parity lint types plans clean
+.PHONY: train test parity slow lint types plans clean
 
 train: $(VENV)/.run  ## train the embedded VLoRA Vision Transformer on real digits
 	$(VENV)/bin/python train.py
@@ -11,8 +11,10 @@ train: $(VENV)/.run  ## train the embedded VLoRA Vision Transformer on real digi
 test: $(VENV)/.test  ## the test suite
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
-parity: $(VENV)/.parity  ## the same numbers from torch, PEFT and the authors' own package; and the slow tests
+parity: $(VENV)/.parity  ## the same numbers from torch, PEFT and the authors' own package
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal tests/parity
+
+slow: $(VENV)/.test  ## the tests that take longest: kills, two processes, eight devices, every method everywhere
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(VENV)/.test

@@ -18,7 +18,7 @@ from vlora_jax.training.step import Subject, train_step
 
 
 def mostly_slow(names: Any, quick: Any) -> list:
-    """Parameters of a test that takes a while for each: all but the quick ones are for `make parity` only."""
+    """Parameters of a test that takes a while for each: all but the quick ones are for `make slow`."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
