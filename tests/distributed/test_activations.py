@@ -1,13 +1,16 @@
 """Long rows are split over `tensor` between the branches of blocks: less memory, the same numbers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from test_specs import ADAPTER, DECODER, on_one_device, ten_steps, tiny
 
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.data.pipeline import TrainBatches
-from vlora_jax.distributed.mesh import abstract_mesh, check_sequence
+from vlora_jax.distributed.activations import after_layers
+from vlora_jax.distributed.mesh import BATCH_AXES, abstract_mesh, check_sequence, make_mesh
 from vlora_jax.errors import ConfigError
 from vlora_jax.planning.search import changed, changes
 from vlora_jax.training.config import load_config
@@ -46,6 +49,18 @@ def one_step(*overrides: str) -> tuple[int, dict]:
         state, metrics = compiled(state, base, job.place(batch))
         numbers = flatten(state.trainable) | {"loss": metrics["loss"], "norm": metrics["gradient_norm"]}
         return compiled.memory_analysis().temp_size_in_bytes, jax.device_get(numbers)
+
+
+def test_what_leaves_the_layers_is_split_by_row_where_it_has_rows_that_the_compiler_lays_out():
+    h = {"x": jnp.ones((8, 3, 16)), "odd": jnp.ones((7, 16)), "sum": jnp.ones(())}
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        found = jax.jit(after_layers)(h)
+        shards = jax.shard_map(after_layers, in_specs=P(), out_specs=P(), check_vma=False)(h)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("fsdp", "own"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        assert jax.jit(after_layers)(h)["x"].sharding.spec == P("fsdp"), "a mesh need not have every axis"
+    assert found["x"].sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(BATCH_AXES)), 3)
+    assert all(leaf.sharding.is_fully_replicated for leaf in (found["odd"], found["sum"], shards["x"]))
 
 
 def test_a_long_row_takes_less_memory():

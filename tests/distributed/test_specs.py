@@ -182,6 +182,7 @@ MESHES = [tuple(sizes) for sizes in itertools.product((1, 2, 4, 8), repeat=3) if
 CASES = [  # an adapter on every shape; whole models on those that differ most
     *(pytest.param(ADAPTER, sizes, id=f"lora-{sizes}") for sizes in MESHES),
     *(pytest.param([], sizes, id=f"vlora-{sizes}") for sizes in ((2, 2, 2), (4, 2, 1), (1, 8, 1))),
+    pytest.param(["model.vertical=null"], (2, 2, 2), id="dense-(2, 2, 2)"),
     *(pytest.param(DECODER, sizes, id=f"decoder-{sizes}") for sizes in ((2, 2, 2), (2, 4, 1), (1, 8, 1))),
 ]
 

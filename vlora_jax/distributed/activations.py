@@ -8,16 +8,16 @@ length, and so are the norms: what the devices of `tensor` would each hold and c
 4.2.2). A branch begins with gathering and ends with a sum of which each device receives its part.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax.distributed.mesh import BATCH_AXES
+from vlora_jax.distributed.within import automatic, batch_axes, batch_ways
 
 A = TypeVar("A", bound=jax.Array)
 
@@ -44,6 +44,15 @@ def between(x: A) -> A:
     return along(x) if by_length(x) else by_row(x)
 
 
+def after_layers(h: Any) -> Any:
+    """What a loop over layers gives, a pytree, as its blocks' branches lie, and so its gradient.
+
+    Pins within the loop don't reach here. Where all three mesh axes are split, XLA's partitioner (jaxlib 0.10.2) then
+    makes a wrong gradient of a norm that follows: of its scale and its argument, so of all that comes before.
+    """
+    return jax.tree.map(between, h)
+
+
 def along(x: A) -> A:
     """`x (batch, length, width)` split by rows and along its length, where that is asked for."""
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, "tensor")) if by_length(x) else x
@@ -65,7 +74,7 @@ def looked_up(x: A) -> A:
 
 
 def constrained(x: A) -> A:
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, P(batch_axes()))
 
 
 def applies(x: jax.Array) -> bool:
@@ -81,6 +90,5 @@ def by_length(x: jax.Array) -> bool:
 
 
 def divides(x: jax.Array) -> bool:
-    """Whether the batch can be split over the devices that share it."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return x.shape[0] % math.prod(sizes.get(axis, 1) for axis in BATCH_AXES) == 0
+    """Whether there is a batch and it can be split, by the compiler, over the devices that share it."""
+    return x.ndim > 0 and x.shape[0] % batch_ways() == 0 and automatic()

@@ -16,11 +16,22 @@ def target() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def batch_ways() -> int:
-    """Devices that share a batch: along axes that are left to the compiler, not those that `shard_map` has taken."""
+def batch_axes() -> tuple[str, ...]:
+    """Axes of the mesh that share a batch: of those that are left to the compiler, not that `shard_map` has taken."""
     mesh = jax.sharding.get_abstract_mesh()
-    automatic = [axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in automatic)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in BATCH_AXES if kinds.get(axis) == AxisType.Auto)
+
+
+def batch_ways() -> int:
+    """Devices that share a batch."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in batch_axes())
+
+
+def automatic() -> bool:
+    """Whether the compiler lays arrays out, as it does outside `shard_map` and of axes that are not explicit."""
+    return all(kind == AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types)
 
 
 def split_batch(x: Array, axis: int = 0) -> Array:
@@ -30,9 +41,7 @@ def split_batch(x: Array, axis: int = 0) -> Array:
     all three mesh axes are split, its partitioner (jaxlib 0.10.2) makes wrong gradients of a loss in chunks, with axes
     left unconstrained too.
     """
-    mesh, ways = jax.sharding.get_abstract_mesh(), batch_ways()
-    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    if ways == 1 or not automatic or x.shape[axis] % ways:
+    ways = batch_ways()
+    if ways == 1 or not automatic() or x.shape[axis] % ways:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, axes))
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, batch_axes()))

@@ -17,6 +17,7 @@ from vlora_jax.adapters.kept import keeps
 from vlora_jax.adapters.method import check_patterns, site_key
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
 from vlora_jax.adapters.trees import Tree
+from vlora_jax.distributed.activations import after_layers
 from vlora_jax.distributed.within import batch_ways
 from vlora_jax.errors import ConfigError
 from vlora_jax.vertical.config import Vertical
@@ -115,10 +116,10 @@ class Stack(nnx.Module):
             # A loop in a loop copies what is kept for the backward pass twice; small compounds do without the inner.
             written_out = self.remat in ("none", "dots") and self.vertical.size <= WRITTEN_OUT
             plan = Plan(self.vertical, self.sites, factored, layer_remat, compound_remat, written_out)
-            return run(plan, self.block, self._tensors(), h, call, each)
+            return after_layers(run(plan, self.block, self._tensors(), h, call, each))
         graphdef, layers = nnx.split(self.block)
         body = layer_remat(lambda h, layer, own: call(nnx.merge(graphdef, layer), h, own))
-        return jax.lax.scan(lambda h, inputs: (body(h, *inputs), None), h, (layers, each))[0]
+        return after_layers(jax.lax.scan(lambda h, inputs: (body(h, *inputs), None), h, (layers, each))[0])
 
     def thread(self, h: Any, each: Any, step: Callable[[Any, Any, Any], tuple]) -> tuple:
         """All layers of a dense stack in turn, each taking its part of `each` and giving something back.
