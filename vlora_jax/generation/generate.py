@@ -139,7 +139,7 @@ def model_config(graphdef: nnx.GraphDef, base: Tree) -> Any:
     config = getattr(model, "config", None)
     if not isinstance(model, Decoder | Seq2Seq) or getattr(config, "head", None) != "lm":
         what = f"{type(model).__name__} with head {getattr(config, 'head', None)!r}"
-        raise ConfigError(f"only a model with a language-model head generates text; this is a {what}")
+        raise ConfigError(f"only a model with a language-model head generates text, not {what}")
     return config
 
 

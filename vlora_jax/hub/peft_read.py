@@ -63,7 +63,7 @@ def read_peft(
             )
     if not fresh and not any(changes(adapter, plan.modules) for adapter in adapters):
         raise AdapterFileError(
-            f"{tensor_file}: no tensor changes the base; fresh=True reads an adapter that is not trained yet"
+            f"{tensor_file}: no tensor changes the base; fresh=True (--fresh) reads an adapter that is not trained yet"
         )
     return adapters
 

@@ -77,7 +77,7 @@ def of_hub(text: str) -> Path:
         raise ModelFileError(f"there is no directory {text!r}, and no such model on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelFileError(
-            f"{name}: {CONFIG} and the weights are not in the hub's cache and cannot be fetched "
+            f"{name} is no directory here; {CONFIG} and the weights are not in the hub's cache and cannot be fetched "
             f"({type(error).__name__}); where there is a network: {command}"
         ) from None
     directory = Path(found)
