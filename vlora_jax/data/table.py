@@ -106,7 +106,7 @@ def read(path: str | list[str], subset: str | None, split: str, header: list[str
         columns = {column: [value for table in tables for value in table[column]] for column in tables[0]}
     count = len(next(iter(columns.values()), ()))
     if not count:
-        raise DataError(f"{name} has no rows")
+        raise DataError(f"{name} has no rows; data.path names what is read, data.split which part of it")
     return Table(name, columns, np.arange(count))
 
 
@@ -201,7 +201,8 @@ def json_rows(path: Path, text: str) -> list[Any]:
         except (ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from None
+            said = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{path}, line {number} is not JSON: {said}") from None
     return rows
 
 
@@ -282,7 +283,7 @@ def read_saved(path: Path, split: str) -> Table:
 
 def of_datasets(name: str, found: Any) -> Table:
     if not len(found):
-        raise DataError(f"{name} has no rows")
+        raise DataError(f"{name} has no rows; data.path names what is read, data.split which part of it")
     labels = {column: list(kind.names) for column, kind in found.features.items() if hasattr(kind, "names")}
     columns = {column: found[column] for column in found.column_names}
     return Table(name, columns, np.arange(len(found)), labels)

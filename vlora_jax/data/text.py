@@ -97,7 +97,10 @@ def by_share(table: Table, share: float, config: DatasetConfig) -> tuple[Table, 
     shares = np.array([int.from_bytes(digest.digest()[:8], "big") / 2**64 for digest in digests])
     held_out = shares < share
     if held_out.all() or not held_out.any():
-        raise DataError(f"{table.name}: a share of {share} of {len(table)} rows leaves one side empty")
+        raise DataError(
+            f"{table.name}: a share of {share} of {len(table)} rows leaves one side empty; give more rows, another "
+            "share, or a file of its own as data.held_out"
+        )
     return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))
 
 

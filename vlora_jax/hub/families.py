@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlora_jax.errors import ConfigError, nearest
+from vlora_jax.errors import ConfigError
 from vlora_jax.hub import parts
 from vlora_jax.hub.names import Names, names_of
 from vlora_jax.hub.parts import Part
@@ -284,7 +284,6 @@ def family_of(given: Mapping[str, Any]) -> tuple[str, Family]:
                 "save its language model by itself"
             )
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; nearest: "
-            f"{', '.join(nearest(str(model_type), FAMILIES))}; all: {', '.join(FAMILIES)}"
+            f"config.json: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return model_type, FAMILIES[model_type]

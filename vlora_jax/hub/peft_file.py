@@ -98,7 +98,10 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     if end != len(data):
         raise AdapterFileError(f"{path} has {len(data)} bytes of values, its header says {end}")
     if "sha256" in metadata and metadata["sha256"] != digest(tensors):
-        raise AdapterFileError(f"{path}: its values are not those that were written: the sha256 in its header differs")
+        raise AdapterFileError(
+            f"{path}: its tensors are not those that were written, the sha256 in its header differs: copy or export it "
+            "again; if it was changed on purpose, save it without sha256 in its metadata"
+        )
     return tensors, metadata
 
 
