@@ -53,8 +53,8 @@ def command(
         str | None,
         typer.Option(help="With --specs: this mesh, DATA,FSDP,TENSOR; need not be here.", show_default="the run's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one page: heat maps, spectra, curves, tables.")
     ] = None,
