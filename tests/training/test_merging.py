@@ -142,6 +142,8 @@ WRONG = {
     "--drop is for --method dare and dare_ties": ("one", "two", "--method", "ties", "--drop", "0.5"),
     "was made for the base": ("one", "foreign", *LORA_OF),
     "--step is for one run": ("one", "run", "--step", "0"),
+    "--step is for one run; ": ("one", "--step", "0", *LORA_OF),
+    "--base is for PEFT's directories without any run": ("run", "--base", "one", *LORA_OF),
     "adapter_config.json does not exist": ("one", "nowhere", *LORA_OF),
     "is there already and not empty": ("one", "two", *LORA_OF, "--out", "run"),
 }

@@ -87,13 +87,15 @@ def command(
     elif rank is None:
         raise ConfigError("--as lora needs --rank: the largest rank that the LoRA may have")
     recipe = recipe_of(kind, weights, density, drop, seed)
-    console, names = Console(), ", ".join(map(str, members))
-    if len(members) == 1 and is_run(members[0]) and form is None and recipe == Recipe():
+    console, names, runs = Console(), ", ".join(map(str, members)), sum(map(is_run, members))
+    if step is not None and (len(members), runs) != (1, 1):
+        raise ConfigError("--step is for one run; of several, the best checkpoints are merged")
+    if base is not None and runs:
+        raise ConfigError("--base is for PEFT's directories without any run; a run names its own")
+    if len(members) == runs == 1 and form is None and recipe == Recipe():
         trained = read_run(members[0], step)
         console.print(write_model(trained, out, f"{names} at step {trained.step}"))
         return
-    if step is not None and len(members) > 1:
-        raise ConfigError("--step is for one run; of several, the best checkpoints are merged")
     blended = blend_runs(members, recipe, base, step)
     if rank is None:
         console.print(write_model(blended, out, names))
