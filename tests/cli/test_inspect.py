@@ -11,8 +11,12 @@ import pytest
 from commands import call
 from helpers import filled, mostly_slow
 from peft_tiny import LLAMA, Q, tensors, write
+from rich.console import Console
 
+from vlora_jax.cli.shown import table, write_csv
 from vlora_jax.hub.save import save
+from vlora_jax.inspection.kinds import sheet
+from vlora_jax.inspection.tables import ChangeRow, Spread
 from vlora_jax.models.build import abstract_model
 from vlora_jax.training.exchange import head_of, import_adapter
 from vlora_jax.training.runs import METRICS
@@ -74,6 +78,7 @@ def test_the_page_of_a_run_draws_its_figures_and_its_curve(place, capsys, tmp_pa
         assert float(drawn[1]) == pytest.approx(row["relative"], rel=1e-5)
     assert "<h2>Training</h2>" in text
     assert "family: pretrained" in text
+    assert "decoder of 3 layers × 8</p>" in text  # an imported adapter was not trained on the run's data
 
 
 @pytest.mark.slow
@@ -100,6 +105,25 @@ def test_an_adapter_and_the_run_that_it_became_are_the_same(place, capsys):
     rows = json.loads(out)["diff"]
     assert code == 0
     assert [(row["distance"], row["cosine"]) for row in rows] == [pytest.approx((0.0, 1.0), abs=1e-6)] * 2
+
+
+def test_a_table_without_rows_is_said_to_be_empty(place, capsys):
+    code, out, _ = call(capsys, "inspect", place / "run", "--only", "vectors")
+    assert (code, out.splitlines()[-1]) == (0, "nothing in vectors")
+
+
+def test_brackets_are_no_markup():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table(sheet("changes", [ChangeRow("w", 0, "delora", {"scale": (), "a": (8, 2)}, 17)]), False))
+    assert "scale[scalar] a[8×2]" in console.file.getvalue()
+
+
+def test_csv_has_no_column_for_a_spread_that_some_rows_lack(capsys):
+    known = ChangeRow("w", None, "lora", {"a": (8, 2)}, 16, 2.0, 1.0, Spread(1.5, 1.0, 2.0), 0.9, 2, 0)
+    write_csv([sheet("changes", [known, ChangeRow("head", None, "full", {"kernel": (8,)}, 8)])])
+    head, *lines = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert [name for name in head if name.startswith("rank")] == ["rank.mean", "rank.low", "rank.high"]
+    assert [line[head.index("rank.mean")] for line in lines] == ["1.5", ""]
 
 
 @pytest.fixture
@@ -132,11 +156,15 @@ def test_mistakes_are_one_line_and_exit_code_2(place, damaged, capsys):
         "is no adapter of PEFT, so it takes no --base": ("inspect", run, "--base", place / "model"),
         "is checkpoint 0; leave --step out": ("inspect", run / "checkpoints" / "0", "--step", 1),
         "does not exist; nearest run: ": ("inspect", place / "rum"),
+        "--csv is for other tables, not for --specs": ("inspect", run, "--specs", "--csv"),
+        "--mesh is for --specs": ("inspect", run, "--mesh", "1,1,1"),
+        "--mesh '²,1,1' must be three sizes": ("inspect", run, "--specs", "--mesh", "²,1,1"),
+        "is an adapter of PEFT, so there is no use for --base": ("diff", run, run, "--base", place / "model"),
     }
     refused(capsys, wrong)
 
 
-@pytest.mark.parametrize("case", mostly_slow(["torn", "where", "sort", "kinds", "page", "about"], ["torn"]))
+@pytest.mark.parametrize("case", mostly_slow(["torn", "where", "sort", "kinds", "page", "here", "about"], ["torn"]))
 def test_mistakes_that_are_found_later(case, place, damaged, capsys):
     run, page = place / "run", damaged / "page.html"
     message, *arguments = {
@@ -145,6 +173,7 @@ def test_mistakes_that_are_found_later(case, place, damaged, capsys):
         "sort": ("--sort 'relativ' is no column here; nearest: relative", "inspect", run, "--sort", "relativ"),
         "kinds": ("is an adapter and", "diff", run, place / "model"),
         "page": ("page.html cannot be written", "inspect", run, "--html", damaged / "nowhere" / "page.html"),
+        "here": (". cannot be written", "inspect", run, "--html", "."),
         "about": ("drift is about adapters, and", "inspect", place / "model", "--also", "drift"),
     }[case]
     refused(capsys, {message: tuple(arguments)})

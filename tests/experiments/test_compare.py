@@ -1,6 +1,7 @@
 """Comparisons: what is run, what is kept, and what is said of it."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -11,10 +12,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from commands import call
+from rich.console import Console
 from scipy import stats
 
 from vlora_jax.cli.compare import write_reports
-from vlora_jax.errors import CheckpointError, ConfigError
+from vlora_jax.errors import CheckpointError, ConfigError, ResourceError
 from vlora_jax.experiments import compare as module
 from vlora_jax.experiments import report
 from vlora_jax.experiments.compare import CompareConfig, Record, cells, compare, done, load_comparison, read_record
@@ -207,6 +210,44 @@ def test_the_page_holds_everything_and_the_report_its_plots(tmp_path):
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text)  # nothing is fetched
 
 
+def test_any_name_can_be_written_and_shown(tmp_path):
+    """Slashes of a task in the file of its plot, bars of a method in Markdown, brackets in the terminal."""
+    given = comparison(tmp_path, tasks={"digits/[all]": {"set": SMALL}})
+    runs = [replace(run, task="digits/[all]") for run in records({"lora": [0.5, 0.6], "lora@[qv]|up": [0.7, 0.8]})]
+    found = report.lines(given, runs)
+    write_reports(given, found, tmp_path / "README.md", None)
+    text = (tmp_path / "README.md").read_text()
+    assert r"| lora@[qv]\|up | 10 |" in text
+    assert "](pareto_digits__all_.png)" in text
+    assert (tmp_path / "pareto_digits__all_.png").exists()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report.table("digits/[all]", found))
+    assert "digits/[all]" in console.file.getvalue()
+    assert "lora@[qv]|up" in console.file.getvalue()
+    with pytest.raises(ResourceError, match="cannot be written: Is a directory"):
+        write_reports(given, found, tmp_path, None)
+
+
+def test_json_of_single_runs_is_json(tmp_path, counted, capsys):
+    """Which has no NaN, as the standard error of one run is."""
+    path = tmp_path / "compare.yaml"
+    path.write_text(comparison(tmp_path / "results", seeds=1).model_dump_json())
+    assert call(capsys, "compare", path)[0] == 0
+    code, out, _ = call(capsys, "compare", path, "--report", "--json")
+    lines = json.loads(out, parse_constant=pytest.fail)
+    assert (code, [line["method"] for line in lines]) == (0, ["lora", "diagonal"])
+    assert [line["mark"] for line in lines] == [{"mean": 0.5, "error": "nan", "count": 1}] * 2
+
+
+def test_a_method_that_is_not_there_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "compare.yaml"
+    task = {"set": SMALL, "prepare": [str(ROOT / "configs/default.yaml")]}
+    path.write_text(comparison(tmp_path, tasks={"digits": task}).model_dump_json())
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+    code, _, error = call(capsys, "compare", path, "--method", "lara")
+    assert (code, "no method 'lara'; nearest: 'lora'" in error) == (2, True)
+
+
 @pytest.mark.slow
 def test_what_could_be_done_before_is_measured(tmp_path):
     """The rise of the loss on other data is that of two evaluations."""
@@ -278,6 +319,7 @@ WRONG = {
     "tasks: {a: {sed: []}}": "unknown key 'tasks.a.sed'; nearest: 'tasks.a.se",
     "tasks: {}": "tasks: Dictionary should have at least 1 item",
     "methods: {lora: [adapter.method=lora], lira: null}": "lira on digits: ",
+    "grid: {optimizer.rate: []}": "grid.optimizer.rate: List should have at least 1 item",
     "tasks: {digits: {set: [stepz=3]}}": "lora on digits: config: unknown key 'stepz'; nearest: 'steps'",
 }
 

@@ -1,5 +1,7 @@
 """Sweeps: who is a member, who shares a program, what is refused, and the command from start to end."""
 
+import datetime
+import io
 import json
 from contextlib import nullcontext
 
@@ -7,6 +9,7 @@ import jax
 import pytest
 import yaml
 from commands import call
+from rich.console import Console
 from tiny_sweep import LORA, MODEL, RUN, members, write_base
 
 from vlora_jax.errors import ConfigError, ResumeError
@@ -53,6 +56,7 @@ def test_the_grid_gives_every_combination_with_its_values_in_the_config(tmp_path
         ({"grid": {"seed": []}}, "grid: seed has no values"),
         ({"grid": {"seed": [1, 2, 1]}}, "grid: seed lists 1 twice"),
         ({"grid": {"optimizer.rat": [0.1]}}, "unknown key 'optimizer.rat'; nearest: 'optimizer.rate'"),
+        ({"grid": {"steps": [datetime.date(2026, 1, 1)]}}, "steps: Input should be a valid integer"),
         ({"grid": {"optimizer.rate": [-1.0]}}, "optimizer.rate: Input should be greater than 0"),
         ({"grid": {"run_dir": ["a", "b"]}}, "grid: run_dir is the same for all members of a sweep; give it in set"),
         ({"grid": {"evaluate.metric": ["loss"]}}, "evaluate.metric is the same for all members"),
@@ -137,6 +141,11 @@ def test_settings_are_ranked_by_their_mean_over_seeds():
     assert (by_accuracy[0].accuracy.mean, by_accuracy[0].accuracy.error) == pytest.approx((0.75, 0.05))
     assert outcomes.ranked(found, "loss")[0].best == found[3]
     assert sweep_report.cells_of(by_accuracy[2])[-1] == "1 done, 1 failed"
+    (odd,) = outcomes.ranked([outcome(6, 0.5, targets="[qk]|up", seed=0)], "accuracy")
+    assert r"| targets [qk]\|up | 1 |" in sweep_report.page(SweepConfig(results="x", grid={}), [odd], "accuracy")
+    console = Console(file=io.StringIO(), width=200)
+    console.print(sweep_report.table("", [odd]))
+    assert "targets [qk]|up" in console.file.getvalue()
     page = sweep_report.page(SweepConfig(results="x", grid={"seed": [0]}), by_accuracy, "accuracy")
     assert "| rate 2 | 2 | 75.00% ± 5.00% |" in page
     assert "- rate 3, seed 1: step 2: the loss is not finite" in page

@@ -53,6 +53,17 @@ def test_amplification_is_what_the_kernel_does_along_the_change():
     assert row.amplification == pytest.approx(np.linalg.norm(left @ right) / np.linalg.norm(u.T @ kernel @ v), rel=1e-4)
 
 
+def test_amplification_is_the_changes_own_whatever_its_factors():
+    """One change as a product of two and, each half of it twice, of four: what is dead of those four is rounding."""
+    kernel, _, _ = kernel_of((40, 30))
+    left, right = normal(40, 2), normal(2, 30)
+    (row,) = rows_of(kernel, left, right)
+    (again,) = rows_of(kernel, np.concatenate([left, left], 1) / 2, np.concatenate([right, right]))
+    assert again.amplification == pytest.approx(row.amplification, rel=1e-3)
+    (row,) = rows_of(np.zeros((40, 30)), left, right)
+    assert row.amplification == np.inf
+
+
 def test_no_change_points_nowhere():
     kernel, p, q = kernel_of((40, 30))
     (row,) = rows_of(kernel, p[:, :2] * 0, q[:, :2].T)

@@ -53,6 +53,12 @@ def test_rematerialised_layers_count_twice_forward():
     assert dot_flops(text_of(jax.grad(loss, argnums=1), W, X)) == 4 * 6 * PRODUCT
 
 
+def test_every_branch_counts():
+    branches = lambda n, x: jax.lax.switch(n, [lambda x: jnp.sin(x @ x), lambda x: jnp.cos(x @ jnp.sin(x @ x))], x)
+    square = jax.ShapeDtypeStruct((6, 6), jnp.float32)
+    assert dot_flops(text_of(branches, N, square)) == 3 * 2 * 6**3
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     square = jax.ShapeDtypeStruct((6, 6), jnp.float32)
     text = text_of(lambda n, x: jax.lax.fori_loop(0, n, lambda _, h: jnp.sin(h @ h), x), N, square)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted import base_of, change_of, normal, orthonormal, planted
 
-from vlora_jax import LoRA, VeRA
+from vlora_jax import DoRA, LoRA, PiSSA, VeRA
 from vlora_jax.errors import ConfigError, ConversionError
 from vlora_jax.inspection.intruders import intruder_rows, reduce_intruders
 
@@ -63,7 +63,8 @@ def test_other_bases_of_both_sides_change_nothing():
 @pytest.mark.parametrize("keep", [1.0, 0.75, 0.0])
 def test_the_remedy_is_the_formula_cut_to_the_rank(keep):
     """W'' - W from NumPy's SVDs, its best approximation of the adapter's rank, and what that leaves out."""
-    reduced, residuals = reduce_intruders(BASE, STRONG, keep=keep)
+    reduced, rows = reduce_intruders(BASE, STRONG, keep=keep)
+    assert [(row.path, row.layer, row.intruders) for row in rows] == [("w", 0, RANK), ("w", 1, RANK)]
     assert reduced.method == STRONG.method
     for layer, (kernel, change) in enumerate(zip(KERNEL, change_of(STRONG, "w"), strict=True)):
         u, values, v = np.linalg.svd(kernel + change, full_matrices=False)
@@ -73,13 +74,14 @@ def test_the_remedy_is_the_formula_cut_to_the_rank(keep):
         found = change_of(reduced, "w")[layer]
         np.testing.assert_allclose(found, (u[:, :RANK] * values[:RANK]) @ v[:RANK], atol=2e-4 * values[0])
         left_out = np.linalg.norm(values[RANK:]) / np.linalg.norm(values)
-        assert residuals["w"][layer] == pytest.approx(left_out, abs=1e-4)
+        assert rows[layer].left_out == pytest.approx(left_out, abs=1e-4)
 
 
 def test_layers_without_intruders_stay_bit_for_bit():
     factors, weak = STRONG.factors("w"), planted_at(0.01).factors("w")
     mixed = planted("w", np.stack([weak["a"][0], factors["a"][1]]), np.stack([weak["b"][0], factors["b"][1]]))
-    reduced, _ = reduce_intruders(BASE, mixed, keep=0.0)
+    reduced, rows = reduce_intruders(BASE, mixed, keep=0.0)
+    assert [row.intruders for row in rows] == [0, RANK]
     new = reduced.factors("w")
     assert all(np.array_equal(new[name][0], mixed.factors("w")[name][0]) for name in "ab")
     assert [row.output for row in intruder_rows(BASE, reduced)] == [0, 0]
@@ -93,6 +95,6 @@ def test_what_cannot_be_is_refused():
     }.items():
         with pytest.raises(ConfigError, match=message):
             reduce_intruders(BASE, STRONG, **options)
-    for method in (VeRA(), LoRA(rank_pattern={"w": (2, 1)})):
+    for method in (VeRA(), LoRA(rank_pattern={"w": (2, 1)}), DoRA(), PiSSA()):
         with pytest.raises(ConversionError, match="as_lora makes such a one"):
             reduce_intruders(BASE, dataclasses.replace(STRONG, method=method))

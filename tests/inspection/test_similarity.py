@@ -10,7 +10,7 @@ from planted import RANK, base_of, change_of, lora_on, normal, orthonormal, plan
 from vlora_jax import Adapter
 from vlora_jax.adapters.diagonal import Diagonal
 from vlora_jax.errors import BaseMismatchError, ConfigError, ConversionError
-from vlora_jax.inspection.similarity import diff_rows, drift_rows, parameter_diffs, subspace_grids
+from vlora_jax.inspection.similarity import MOST, diff_rows, drift_rows, parameter_diffs, subspace_grids
 
 N, OUT, DEPTH = 40, 60, 24
 
@@ -126,6 +126,18 @@ def test_the_grid_is_the_papers_measure_of_leading_directions():
     for i, j in ((1, 1), (2, 5), (3, 4)):
         overlap = np.linalg.norm(tops[0][:, :i] @ tops[1][:, :j].swapaxes(1, 2), axis=(1, 2)) ** 2 / min(i, j)
         assert grid[i - 1, j - 1] == pytest.approx(overlap.mean(), rel=1e-3)
+
+
+def test_the_grid_is_of_layers_in_which_both_change_and_of_the_leading_directions():
+    one, other = random_lora(3), random_lora(MOST + 3)
+    factors = other.factors("w")
+    half = planted("w", factors["a"] * (np.arange(DEPTH) < DEPTH // 2)[:, None, None], factors["b"])
+    first = [planted("w", each.factors("w")["a"][: DEPTH // 2], each.factors("w")["b"][: DEPTH // 2]) for each in
+             (one, other)]  # fmt: skip
+    grid = subspace_grids(one, half)["w"]
+    assert grid.shape == (3, MOST)
+    np.testing.assert_allclose(grid, subspace_grids(*first)["w"], atol=1e-5)
+    assert subspace_grids(one, planted("w", factors["a"] * 0, factors["b"])) == {}
 
 
 def test_drift_follows_a_change_from_nothing_to_its_end():

@@ -3,9 +3,9 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import stacked_sites
 
 from vlora_jax import VeRA, init
 from vlora_jax.inspection.vectors import vector_row, vector_rows
@@ -13,12 +13,19 @@ from vlora_jax.inspection.vectors import vector_row, vector_rows
 
 def test_vera_starts_saturated_on_one_side_and_empty_on_the_other():
     """d is constant, b zero, in each of the layers; a change of b in one layer shows there alone."""
-    base = {"w": {"kernel": jnp.ones((6, 5))}}
-    adapter = init(VeRA(rank=8, targets="w", projection="jax"), jax.random.key(0), base)
-    rows = {row.name: row for row in vector_rows(adapter)}
-    assert (rows["d"].path, rows["d"].layer, rows["d"].size) == ("w", None, 8)
-    assert (rows["d"].rms, rows["d"].spread, rows["d"].saturation) == pytest.approx((0.1, 0.0, 1.0), abs=1e-6)
-    assert (rows["b"].size, rows["b"].rms, rows["b"].saturation, rows["b"].small) == (5, 0.0, 0.0, 1.0)
+    sites = stacked_sites(3, w=(6, 5))
+    adapter = init(VeRA(rank=8, projection="jax"), jax.random.key(0), {}, sites)
+    factors = adapter.trainable["sites"]["w"]
+    moved = {"w": factors | {"b": factors["b"].at[1, 2].set(4.0)}}
+    rows = {(row.path, row.name, row.layer): row for row in vector_rows(adapter)}
+    assert list(rows) == [("w", name, layer) for name in factors for layer in range(3)]
+    for layer in range(3):
+        d, b = rows["w", "d", layer], rows["w", "b", layer]
+        assert (d.size, d.rms, d.spread, d.saturation) == pytest.approx((8, 0.1, 0.0, 1.0), abs=1e-6)
+        assert (b.size, b.rms, b.saturation, b.small) == (5, 0.0, 0.0, 1.0)
+    changed = vector_rows(adapter.with_trainable(adapter.trainable | {"sites": moved}))
+    (row,) = [row for row in changed if row != rows[row.path, row.name, row.layer]]
+    assert (row.name, row.layer, row.saturation, row.small) == ("b", 1, pytest.approx(1 / 5), pytest.approx(4 / 5))
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])

@@ -1,5 +1,6 @@
 """A run from start to end, and what it does when it is stopped, changed, damaged, or goes wrong."""
 
+import dataclasses
 import io
 import json
 
@@ -9,7 +10,15 @@ import pytest
 from rich.console import Console
 
 from vlora_jax import checkpoint
-from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, NonFiniteError, ResourceError, ResumeError
+from vlora_jax.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    NonFiniteError,
+    ResourceError,
+    ResumeError,
+)
 from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.loop import Result, train
 from vlora_jax.training.results import ordinary, read_run, write_ordinary
@@ -270,6 +279,11 @@ def test_merged_parameters_compute_what_the_bound_adapter_computes(adapted, tmp_
         write_ordinary(read_run(run), tmp_path / "merged")
     with pytest.raises(CheckpointError, match="holds parameters only"):
         quiet(read_run(tmp_path / "merged").config)
+    trained = read_run(run)
+    broken = trained.adapter.with_trainable(jax.tree.map(lambda leaf: leaf * np.nan, trained.adapter.trainable))
+    with pytest.raises(ConversionError, match="the merged model's logits are not finite"):
+        write_ordinary(dataclasses.replace(trained, adapter=broken), tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import call
@@ -12,9 +13,11 @@ from peft_tiny import IDS, model
 from test_loop import LORA, TINY
 
 import vlora_jax as vj
+from vlora_jax.adapters.trees import flatten
 from vlora_jax.hub.load import load_model
 from vlora_jax.hub.peft import read_peft, write_peft
 from vlora_jax.hub.save import save
+from vlora_jax.inspection.intruders import intruder_rows, reduce_intruders
 from vlora_jax.training.results import read_run
 
 FULL = 12  # at least the kernels' smaller side: nothing is left out
@@ -100,15 +103,47 @@ def test_one_adapter_is_cut_to_a_rank_and_what_is_lost_is_told_and_limited(membe
 
 
 LORA_OF = ("--as", "lora", "--rank", "2")
+
+
+def test_intruders_are_scaled_down(members, tmp_path, capsys):
+    """One layer has a direction far stronger than its kernel's and halfway between all of them."""
+    folder, _ = members
+    _, base, names = model()
+    adapter = vj.init(vj.LoRA(rank=1, alpha=1.0, targets="q"), jax.random.key(0), base)
+    (site,) = adapter.sites
+    u, _, v = np.linalg.svd(np.asarray(site.read(flatten(base)))[1])
+    a, b = (np.zeros(adapter.factors(site.path)[name].shape, np.float32) for name in "ab")
+    a[1, :, 0], b[1, 0] = 300 * u.mean(1), v.mean(0)
+    adapter = adapter.with_trainable(
+        adapter.trainable | {"sites": {site.path: jax.tree.map(jnp.asarray, {"a": a, "b": b})}}
+    )
+    write_peft(folder / "intruding", adapter, base, names, base_name=str(folder / "model"))
+    arguments = ("merge", folder / "intruding", *LORA_OF, "--out", tmp_path / "mended", "--keep-intruders")
+    for wrong in (1.5, "nan"):
+        code, out, error = call(capsys, *arguments, wrong)
+        assert (code, out, "Invalid value for '--keep-intruders'" in error) == (2, "", True)
+    code, out, error = call(capsys, *arguments, 0.25)
+    assert (code, error) == (0, "")
+    count = sum(row.output for row in intruder_rows(base, adapter))
+    assert count > 0
+    assert f"{count} in 1 of 3 kernels, scaled to 25%" in out
+    mended = read_run(tmp_path / "mended").adapter
+    close(logits(mended), logits(reduce_intruders(base, adapter, keep=0.25)[0]), 1e-5)
+    assert np.abs(logits(mended) - logits(adapter)).max() > 1e-3
+
+
 WRONG = {
     "3 weights for 2 adapters; each needs one": ("one", "two", "--weights", "1,2,3", *LORA_OF),
     "--weights '1;2' must be numbers with commas between": ("one", "two", "--weights", "1;2"),
     "--as lora needs --rank": ("one", "two", "--as", "lora"),
     "--rank is for --as lora": ("one", "two", "--rank", "2"),
+    "--keep-intruders is for --as lora": ("one", "--keep-intruders", "0.5"),
     "--density is for --method ties": ("one", "two", "--density", "0.5"),
     "--drop is for --method dare and dare_ties": ("one", "two", "--method", "ties", "--drop", "0.5"),
     "was made for the base": ("one", "foreign", *LORA_OF),
     "--step is for one run": ("one", "run", "--step", "0"),
+    "--step is for one run; ": ("one", "--step", "0", *LORA_OF),
+    "--base is for PEFT's directories without any run": ("run", "--base", "one", *LORA_OF),
     "adapter_config.json does not exist": ("one", "nowhere", *LORA_OF),
     "is there already and not empty": ("one", "two", *LORA_OF, "--out", "run"),
 }

@@ -1,6 +1,5 @@
 """`vlora-jax compare`: methods beside each other."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 
 from vlora_jax.checkpoint import make_directory
-from vlora_jax.cli.train import STOPPED
+from vlora_jax.distributed.watch import STOPPED
 from vlora_jax.experiments import page, report
 from vlora_jax.experiments.compare import (
     CompareConfig,
@@ -22,6 +21,8 @@ from vlora_jax.experiments.compare import (
     load_comparison,
     prepare,
 )
+from vlora_jax.inspection.sheets import plain
+from vlora_jax.training.runs import write_whole
 
 REPORT = "README.md"
 
@@ -56,6 +57,7 @@ def command(
     """
     comparison, console = load_comparison(config), Console(stderr=True)
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    chosen(method, list(comparison.arms()), "method")  # before anything is trained
     if not (dry_run or report_only) and not prepare(comparison, task, say):
         say("stopped; the same command goes on")
         raise typer.Exit(STOPPED)
@@ -85,8 +87,7 @@ def command(
     pairs = {(cell.task, cell.method) for cell in wanted}
     asked = [line for line in found if (line.task, line.method) in pairs]
     if as_json:
-        plain = [dataclasses.asdict(line) | {"beyond_noise": line.beyond_noise} for line in asked]
-        typer.echo(json.dumps(plain, indent=2))
+        typer.echo(json.dumps([plain(line) | {"beyond_noise": line.beyond_noise} for line in asked], indent=2))
         return
     for name in dict.fromkeys(line.task for line in asked):
         Console().print(report.table(name, [line for line in asked if line.task == name]))
@@ -98,11 +99,11 @@ def write_reports(comparison: CompareConfig, found: list[report.Line], markdown:
     pictures = {task: page.draw_pareto(lines) for task, lines in report.by_task(comparison, found).items()}
     make_directory(markdown.parent)
     for task, picture in pictures.items():
-        (markdown.parent / report.picture(task)).write_bytes(picture)
-    markdown.write_text(report.markdown(comparison, found), encoding="utf-8")
+        write_whole(markdown.parent / report.picture(task), picture)
+    write_whole(markdown, report.markdown(comparison, found))
     if html is not None:
         make_directory(html.parent)
-        html.write_text(page.page(comparison, found, pictures), encoding="utf-8")
+        write_whole(html, page.page(comparison, found, pictures))
 
 
 def sentence(record: Record) -> str:

@@ -8,7 +8,8 @@ import typer
 
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.cli.looks import about_of, title_of
-from vlora_jax.cli.shown import check_form, show
+from vlora_jax.cli.shown import AsCsv, AsJson, Layers, Top, Where, check_form, show
+from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.kinds import sheet
 from vlora_jax.inspection.report.charts import Heat
 from vlora_jax.inspection.report.page import Report
@@ -24,18 +25,14 @@ def command(
     base: Annotated[
         str | None, typer.Option(help="The model of both PEFT adapters. Without one: what they name.")
     ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Only paths in which this expression matches whole components: 'attn/(q|v)'")
-    ] = None,
+    where: Where = None,
     sort: Annotated[
         str, typer.Option(help="path, or a column by its name in JSON (distance, cosine …), the largest first.")
     ] = "path",
-    top: Annotated[int | None, typer.Option(min=1, help="Only so many rows of a table.")] = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="A row for each layer instead of one for each stack.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+    top: Top = None,
+    layers: Layers = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page: heat maps and tables.")] = None,
 ) -> None:
     """Compare two adapters of one base, two checkpoints of a run, or two models: size, direction, subspaces.
@@ -50,6 +47,8 @@ def command(
       vlora-jax diff path/to/peft runs/mine --html diff.html
     """
     check_form(as_json, as_csv)
+    if base is not None and not (is_peft(one) or is_peft(other)):
+        raise ConfigError(f"neither {one} nor {other} is an adapter of PEFT, so there is no use for --base")
     first, second = (open_subject(each, base=base if is_peft(each) else None) for each in (one, other))
     check_comparable(first, second)
     sheets = arranged(sheets_of(first, second, layers), where, sort, top)

@@ -1,14 +1,14 @@
 """`vlora-jax inspect`: what a run has learnt, what an adapter changes, what a model holds."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vlora_jax.cli.looks import ALSO, known_tables, notes_of, report_of, sheets_of, title_of
-from vlora_jax.cli.shown import check_form, show
+from vlora_jax.cli.merge import refuse
+from vlora_jax.cli.shown import AsCsv, AsJson, Layers, Top, Where, check_form, show
 from vlora_jax.cli.specs import show_specs
-from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.sheets import arranged
 from vlora_jax.inspection.tables import LEADING
 from vlora_jax.training.subjects import open_subject
@@ -29,16 +29,12 @@ def command(
     base: Annotated[
         str | None, typer.Option(help="The model of a PEFT adapter. Without one: what the adapter names.")
     ] = None,
-    where: Annotated[
-        str | None, typer.Option(help="Only paths in which this expression matches whole components: 'attn/(q|v)'")
-    ] = None,
+    where: Where = None,
     sort: Annotated[
         str, typer.Option(help="path, or a column by its name in JSON (relative, rank, numbers …), the largest first.")
     ] = "path",
-    top: Annotated[int | None, typer.Option(min=1, help="Only so many rows of a table.")] = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="A row for each layer instead of one for each stack.")
-    ] = False,
+    top: Top = None,
+    layers: Layers = False,
     also: Annotated[
         list[str] | None, typer.Option(help=f"A further table: {', '.join(ALSO)}; again for several.")
     ] = None,
@@ -53,8 +49,8 @@ def command(
         str | None,
         typer.Option(help="With --specs: this mesh, DATA,FSDP,TENSOR; need not be here.", show_default="the run's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="For spreadsheets.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write one page: heat maps, spectra, curves, tables.")
     ] = None,
@@ -63,9 +59,9 @@ def command(
 
     Rank is the exponential of the entropy of ΔW's singular values (Roy and Vetterli 2007): 1 for one direction, r for r
     equal ones. Parameters of a model follow with their root mean square. Further tables: [bold]alignment[/bold] of ΔW
-    with W's leading subspaces, [bold]intruders[/bold] (needs W's whole SVD: minutes for large kernels), what a
-    [bold]merge[/bold] to bfloat16 loses, trained [bold]vectors[/bold], and the [bold]drift[/bold] over a run's
-    checkpoints.
+    with W's leading subspaces, [bold]intruders[/bold] (needs W's whole SVD: minutes for large kernels; merge
+    --keep-intruders scales them down), what a [bold]merge[/bold] to bfloat16 loses, trained [bold]vectors[/bold], and
+    the [bold]drift[/bold] over a run's checkpoints.
 
     [bold]Examples[/bold]
 
@@ -75,10 +71,12 @@ def command(
       vlora-jax inspect runs/stdlib_lora --specs --mesh 2,8,4
     """
     if specs:
+        tables: dict[str, Any] = {"--step": step, "--base": base, "--also": also, "--only": only, "--html": html}
+        tables |= {"--sort": None if sort == "path" else sort, "--leading": None if leading == LEADING else leading}
+        refuse(tables | {"--layers": layers or None, "--csv": as_csv or None}, "other tables, not for --specs")
         show_specs(Path(what), mesh, where, top, as_json)
         return
-    if mesh is not None:
-        raise ConfigError("--mesh is for --specs")
+    refuse({"--mesh": mesh}, "--specs")
     check_form(as_json, as_csv)
     further, first = known_tables([*(also or ()), *(only or ())]), not only
     subject = open_subject(what, step, base)

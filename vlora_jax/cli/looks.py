@@ -17,16 +17,10 @@ from vlora_jax.inspection.report.charts import Heat
 from vlora_jax.inspection.report.page import Report
 from vlora_jax.inspection.report.views import curves, heat_of, spectrum_charts
 from vlora_jax.inspection.rounding import rounding_rows
-from vlora_jax.inspection.sheets import FOUR, TWO, Sheet, percent
+from vlora_jax.inspection.sheets import FOUR, TWO, Sheet, compact, percent
 from vlora_jax.inspection.similarity import drift_rows
 from vlora_jax.inspection.spectra import Spectrum, adapter_spectra, vertical_spectra
-from vlora_jax.inspection.tables import (
-    ChangeRow,
-    adapter_rows,
-    increment_rows,
-    kernel_rows,
-    parameter_rows,
-)
+from vlora_jax.inspection.tables import ChangeRow, adapter_rows, increment_rows, kernel_rows, parameter_rows
 from vlora_jax.inspection.vectors import vector_rows
 from vlora_jax.training.results import adapters_of
 from vlora_jax.training.runs import whole_metrics
@@ -152,7 +146,7 @@ def heats_of(rows: Sequence[ChangeRow], sheets: Sequence[Sheet]) -> tuple[Heat, 
     wanted = {
         "alignment": (("input", "‖ΔW‖² in W's leading directions, input side", percent),
                       ("output", "‖ΔW‖² in W's leading directions, output side", percent)),
-        "intruders": (("output", "Intruder dimensions, output side", str),),
+        "intruders": (("output", "Intruder dimensions, output side", compact),),
         "merge": (("unmoved", "Entries that a merge to bfloat16 does not move", percent),),
     }  # fmt: skip
     for each in sheets:
@@ -173,7 +167,7 @@ def lead_of(subject: Subject) -> str:
     if model is not None:
         sharing = "" if model.vertical is None else ", vertical"
         parts.append(f"{model.family} of {model.layers} layers × {model.width}{sharing}")
-    if subject.trained is not None:
+    if subject.trained is not None and subject.trained.step:  # at step 0 it was trained elsewhere
         parts.append(f"trained on {subject.trained.config.data.name} for {subject.trained.step} steps")
     return "; ".join(parts) or "a model of transformers"
 

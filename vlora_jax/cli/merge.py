@@ -1,5 +1,6 @@
 """`vlora-jax merge`: a run's model as ordinary dense parameters, and several adapters of one base as one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from vlora_jax.adapters.adapter import count
 from vlora_jax.cli.export import residual_table
 from vlora_jax.errors import ConfigError
+from vlora_jax.inspection.intruders import ReducedRow
 from vlora_jax.training.config import PretrainedConfig
 from vlora_jax.training.exchange import write_merged
 from vlora_jax.training.merging import Kind, Recipe, blend_runs, is_run, write_as_lora
@@ -45,6 +47,12 @@ def command(
     limit: Annotated[
         float | None, typer.Option(min=0, help="With --as lora: fail above this share of a change left out.")
     ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep-intruders", min=0, max=1, help="With --as lora: scale its intruder dimensions down to this share."
+        ),
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Of PEFT's directories without any run: directory or hub name of the base.")
     ] = None,
@@ -59,6 +67,11 @@ def command(
     (2311.03099), whatever their methods. With --as lora the change, of one adapter as well, is written as a run with a
     LoRA of at most a rank, which the other verbs read; what the rank leaves out of it is printed.
 
+    With --keep-intruders its intruder dimensions, strong singular directions of W + ΔW that W does not have (arXiv
+    2410.21228), are scaled down: 0.75 is PEFT's default, 0 takes them out. Less of what the model could do before is
+    forgotten, at some cost for what the adapter learnt. Takes the whole SVD of each kernel: minutes for large ones;
+    [bold]inspect --also intruders[/bold] counts them.
+
     [bold]Examples[/bold]
 
       vlora-jax merge runs/stdlib_lora --out runs/stdlib_merged
@@ -66,24 +79,28 @@ def command(
       vlora-jax merge runs/a peft_dir --weights 0.7,0.3 --as lora --rank 16 --out runs/both
 
       vlora-jax merge runs/a runs/b runs/c --method ties --density 0.2 --out runs/all
+
+      vlora-jax merge runs/a --as lora --rank 8 --keep-intruders 0.75 --out runs/mended
     """
     if form is None:
-        refuse({"--rank": rank, "--limit": limit}, "--as lora")
+        refuse({"--rank": rank, "--limit": limit, "--keep-intruders": keep}, "--as lora")
     elif rank is None:
         raise ConfigError("--as lora needs --rank: the largest rank that the LoRA may have")
     recipe = recipe_of(kind, weights, density, drop, seed)
-    console, names = Console(), ", ".join(map(str, members))
-    if len(members) == 1 and is_run(members[0]) and form is None and recipe == Recipe():
+    console, names, runs = Console(), ", ".join(map(str, members)), sum(map(is_run, members))
+    if step is not None and (len(members), runs) != (1, 1):
+        raise ConfigError("--step is for one run; of several, the best checkpoints are merged")
+    if base is not None and runs:
+        raise ConfigError("--base is for PEFT's directories without any run; a run names its own")
+    if len(members) == runs == 1 and form is None and recipe == Recipe():
         trained = read_run(members[0], step)
         console.print(write_model(trained, out, f"{names} at step {trained.step}"))
         return
-    if step is not None and len(members) > 1:
-        raise ConfigError("--step is for one run; of several, the best checkpoints are merged")
     blended = blend_runs(members, recipe, base, step)
     if rank is None:
         console.print(write_model(blended, out, names))
         return
-    run, residuals = write_as_lora(blended, out, rank, 1.0 if limit is None else limit, members)
+    run, residuals, reduced = write_as_lora(blended, out, rank, 1.0 if limit is None else limit, members, keep)
     assert run.adapter is not None  # write_as_lora made it
     console.print(residual_table(residuals))
     table = plain_table(f"merged {names}")
@@ -91,6 +108,8 @@ def command(
     table.add_row("numbers", f"{count(run.adapter):,}")
     if run.adapter.trainable["full"]:
         table.add_row("kept whole", ", ".join(run.adapter.trainable["full"]))
+    if keep is not None:
+        table.add_row("intruders", sentence(reduced, keep))
     table.add_row("written to", f"{out}, a run")
     console.print(table)
 
@@ -111,6 +130,18 @@ def recipe_of(kind: Kind, weights: str | None, density: float | None, drop: floa
     except ValueError:
         raise ConfigError(f"--weights {weights!r} must be numbers with commas between, 0.5,0.5") from None
     return Recipe(kind, numbers, **{key: value for key, value in given.items() if value is not None})
+
+
+def sentence(rows: Sequence[ReducedRow], keep: float) -> str:
+    """What became of a LoRA's intruders."""
+    some = [row for row in rows if row.intruders]
+    if not some:
+        return f"none in {len(rows)} kernels"
+    count, worst = sum(row.intruders for row in some), max(row.left_out for row in some)
+    return (
+        f"{count:,} in {len(some)} of {len(rows)} kernels, scaled to {keep:.0%}; cut back to the rank, a change loses "
+        f"{worst:.2g} of its norm at most"
+    )
 
 
 def refuse(options: dict[str, Any], without: str) -> None:

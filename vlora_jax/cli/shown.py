@@ -5,15 +5,25 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from vlora_jax.errors import ConfigError, ResourceError
+from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.report.page import Report, render
 from vlora_jax.inspection.sheets import Sheet, flat, plain
+from vlora_jax.training.runs import write_whole
+
+Where = Annotated[
+    str | None, typer.Option(help="Only paths in which this expression matches whole components: 'attn/(q|v)'")
+]
+Top = Annotated[int | None, typer.Option(min=1, help="Only so many rows of a table.")]
+Layers = Annotated[bool, typer.Option("--layers", help="A row for each layer instead of one for each stack.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="For spreadsheets.")]
 
 
 def show(
@@ -40,7 +50,7 @@ def show(
       ResourceError: the page cannot be written.
     """
     if page is not None:
-        write_page(report(), page)
+        write_whole(page, render(report()))
     if as_json:
         typer.echo(json.dumps(about | {sheet.key: plain(sheet.rows) for sheet in sheets}, indent=2, ensure_ascii=False))
     elif as_csv:
@@ -52,10 +62,11 @@ def show(
         console.print(title, highlight=False, markup=False, soft_wrap=True)
         for note in notes:
             console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-        several = sum(bool(sheet.rows) for sheet in sheets) > 1
-        for sheet in sheets:
-            if sheet.rows:
-                console.print(table(sheet, several))
+        filled = [sheet for sheet in sheets if sheet.rows]
+        for sheet in filled:
+            console.print(table(sheet, len(filled) > 1))
+        if not filled:
+            console.print(f"nothing in {', '.join(sheet.key for sheet in sheets)}", style="yellow")
 
 
 def check_form(as_json: bool, as_csv: bool) -> None:
@@ -71,7 +82,7 @@ def table(sheet: Sheet, titled: bool) -> Table:
         side = "right" if column.numeric else "left"
         shown.add_column(column.heading, justify=side, no_wrap=place == 0, overflow="fold")
     for row in sheet.rows:
-        shown.add_row(*(column.text(row) for column in sheet.columns))
+        shown.add_row(*(Text(column.text(row)) for column in sheet.columns))  # brackets are no markup
     if sheet.total:
         sums = {sheet.columns[0].key: "together", sheet.total: f"{sheet.sum():,}"}
         shown.add_row(*(f"[bold]{sums.get(column.key, '')}" for column in sheet.columns))
@@ -89,21 +100,9 @@ def write_csv(sheets: Sequence[Sheet]) -> None:
         raise ConfigError(f"--csv holds one table, here are {names}; take --json, or --only one of them")
     for sheet in sheets:
         lines = [flat(row) for row in sheet.rows]
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        writer = csv.DictWriter(sys.stdout, names, restval="", lineterminator="\n")
+        every = dict.fromkeys(name for line in lines for name in line)
+        # Of `rank`, empty in rows that lack it, and `rank.mean` of the others, the latter is the column.
+        columns = [name for name in every if not any(other.startswith(f"{name}.") for other in every)]
+        writer = csv.DictWriter(sys.stdout, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-
-
-def write_page(report: Report, page: Path) -> None:
-    """Write a page, whole or not at all.
-
-    Raises:
-      ResourceError: it cannot be written.
-    """
-    partial = page.with_name(f".{page.name}.partial")
-    try:
-        partial.write_text(render(report), encoding="utf-8")
-        partial.rename(page)
-    except OSError as error:
-        raise ResourceError(f"{page} cannot be written: {error.strerror or error}") from None

@@ -24,7 +24,7 @@ def show_specs(run: Path, sizes: str | None, where: str | None, top: int | None,
     config = read_config(run)
     mesh = abstract_mesh(**config.mesh.sizes, devices=jax.device_count())
     if sizes is not None:
-        parsed = [int(size) if size.strip().isdigit() else 0 for size in sizes.split(",")]
+        parsed = [int(size) if size.strip().isdecimal() else 0 for size in sizes.split(",")]
         if len(parsed) != len(AXES) or 0 in parsed:
             raise ConfigError(f"--mesh {sizes!r} must be three sizes of at least 1: DATA,FSDP,TENSOR")
         mesh = abstract_mesh(*parsed, devices=math.prod(parsed))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -72,7 +72,7 @@ class CompareConfig(Section):
     methods: dict[str, list[str] | None] = Field(
         min_length=1, description="changes to a task's config; null: adapter.method=NAME"
     )
-    grid: dict[str, list[str | int | float]] = Field(
+    grid: dict[str, Annotated[list[str | int | float], Field(min_length=1)]] = Field(
         default={}, description="values by key: every method is run with each, under the name method@value"
     )
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from vlora_jax.experiments.compare import CompareConfig, Record, TaskConfig
@@ -225,12 +228,12 @@ def about(section: TaskConfig, found: Sequence[Line]) -> str:
 
 def table(task: str, found: Sequence[Line]) -> Table:
     """One task's lines for a terminal."""
-    shown = Table(title=task, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    shown = Table(title=escape(task), title_justify="left", box=None, padding=(0, 2, 0, 0))
     columns, rows = rows_of(found)
     for place, column in enumerate(columns):
         shown.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # brackets are no markup
     return shown
 
 
@@ -245,13 +248,26 @@ def markdown(comparison: CompareConfig, found: Sequence[Line]) -> str:
     parts = ["# Comparison", legend(comparison)]
     for task, mine in by_task(comparison, found).items():
         columns, rows = rows_of(mine)
-        head = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-        body = ["| " + " | ".join(row) + " |" for row in rows]
+        head = [markdown_row(columns), "|---|" + "---:|" * (len(columns) - 1)]
         shown = f"![{task}: {mine[0].metric} against numbers trained]({picture(task)})"
-        parts += [f"## {task}", about(comparison.tasks[task], mine), "\n".join([*head, *body]), shown]
+        parts += [f"## {task}", about(comparison.tasks[task], mine)]
+        parts += ["\n".join([*head, *map(markdown_row, rows)]), shown]
     return "\n\n".join(parts) + "\n"
 
 
+def markdown_row(texts: Sequence[str]) -> str:
+    """A line of a Markdown table.
+
+    >>> print(markdown_row(["q|v", "0.5"]))
+    | q\\|v | 0.5 |
+    """
+    return "| " + " | ".join(text.replace("|", r"\|") for text in texts) + " |"
+
+
 def picture(task: str) -> str:
-    """The file of a task's Pareto plot."""
-    return f"pareto_{task}.png"
+    """The file of a task's Pareto plot.
+
+    >>> picture("sst2/16 shots")
+    'pareto_sst2_16_shots.png'
+    """
+    return "pareto_" + re.sub(r"[^\w.-]", "_", task) + ".png"

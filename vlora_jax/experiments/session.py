@@ -282,15 +282,12 @@ class Session:
 
     def sentence(self, step: int) -> str:
         """How the members stand, in a line."""
-        metric = self.first.config.evaluate.metric
-        known = [(standing.progress.best, place) for place, standing in enumerate(self.standings)]
-        training = sum(standing.active for standing in self.standings)
-        best, place = None, 0
-        for mark, of in known:
-            if mark is not None and not self.standings[of].fault and better(mark, best, metric):
-                best, place = mark, of
-        told = f"best accuracy {best['accuracy']:.2%}, loss {best['loss']:.4f} " if best else "no evaluation yet "
-        return f"step {step:>5}: {told}({self.program.members[place].name}); {training} training"
+        best, told = None, "no evaluation yet"
+        for member, standing in zip(self.program.members, self.standings, strict=True):
+            mark = standing.progress.best
+            if mark is not None and not standing.fault and better(mark, best, self.first.config.evaluate.metric):
+                best, told = mark, f"best accuracy {mark['accuracy']:.2%}, loss {mark['loss']:.4f} ({member.name})"
+        return f"step {step:>5}: {told}; {sum(standing.active for standing in self.standings)} training"
 
     def end(self, place: int, step: int, fault: str = "") -> None:
         """A member has ended."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from vlora_jax.experiments.joint import is_whole
 from vlora_jax.experiments.outcomes import WINNER, Outcome, Setting, folder_of, metrics_of
-from vlora_jax.experiments.report import Mark
+from vlora_jax.experiments.report import Mark, markdown_row
 from vlora_jax.experiments.session import Standing
 from vlora_jax.experiments.sweep import Program, SweepConfig
 from vlora_jax.training.runs import read_metrics, write_whole
@@ -50,7 +51,8 @@ def live_table(program: Program, standings: Sequence[Standing], title: str) -> T
     for member, standing in zip(program.members, standings, strict=True):
         last, best = standing.progress.last or {}, standing.progress.best or {}
         table.add_row(
-            member.name, str(standing.step), text_of(last.get("loss"), ".4f"), text_of(last.get("accuracy"), ".2%"),
+            Text(member.name), str(standing.step),
+            text_of(last.get("loss"), ".4f"), text_of(last.get("accuracy"), ".2%"),
             text_of(best.get("accuracy"), ".2%"), text_of(best.get("step"), "d"), state_of(standing),
         )  # fmt: skip
     return table
@@ -110,7 +112,7 @@ def table(title: str, settings: Sequence[Setting]) -> Table:
     """Settings for a terminal."""
     made = plain_table(title, COLUMNS)
     for setting in settings:
-        made.add_row(*cells_of(setting))
+        made.add_row(*map(Text, cells_of(setting)))  # brackets are no markup
     return made
 
 
@@ -118,8 +120,8 @@ def page(sweep: SweepConfig, settings: Sequence[Setting], metric: str) -> str:
     """All of a sweep as Markdown."""
     changes = " ".join(f"`{change}`" for change in sweep.set)
     config = f"`{sweep.config}`" if sweep.config else "The embedded digits run"
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"]
-    rows = ["| " + " | ".join(cells_of(setting)) + " |" for setting in settings]
+    head = [markdown_row(COLUMNS), "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"]
+    rows = [markdown_row(cells_of(setting)) for setting in settings]
     faults = [
         f"- {outcome.member.name}: {outcome.standing.fault}"
         for setting in settings

@@ -17,6 +17,8 @@ from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.svd import leading
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.inspection.changes import Change, changes
+from vlora_jax.inspection.spectra import alive
+from vlora_jax.inspection.tables import ratio
 
 EXACT = 512  # kernels with a side up to this get the full SVD
 ITERATIONS = 6
@@ -30,8 +32,9 @@ class AlignmentRow:
       input: share of ‖ΔW‖² on the k leading columns of P, the input side.
       output: the same on those of Q.
       chance_input, chance_output: what a random direction has, k / in and k / out.
-      amplification: ‖ΔW‖ / ‖Uᵀ W V‖ with ΔW = U diag(values) Vᵀ: how much larger the change is than what W already
-        does along its directions (arXiv 2106.09685, section 7.3); None for no change.
+      amplification: ‖ΔW‖ / ‖Uᵀ W V‖ with ΔW = U diag(values) Vᵀ, without dead directions: how much larger the change is
+        than what W already does along it (arXiv 2106.09685, section 7.3); None for no change, infinite where W does
+        nothing.
     """
 
     path: str
@@ -61,7 +64,7 @@ def alignment_rows(base: Tree, adapter: Adapter, k: int = 16, seed: int = 0) -> 
         found = np.asarray(_aligned(size, jax.random.key(seed), part.kernels, change))
         chances = size / part.site.in_dim, size / part.site.out_dim
         for layer, (norm, inner, on_input, on_output) in zip(part.layers, found.tolist(), strict=True):
-            larger = norm / inner if norm and inner else None
+            larger = ratio(norm, inner) if norm else None
             rows.append(AlignmentRow(part.site.path, layer, on_input, on_output, *chances, larger))
     return rows
 
@@ -76,8 +79,8 @@ def _aligned(k: int, key: Array, kernels: Float[Array, "layers in out"], change:
         p, _, q = leading(key, kernel, k, iterations)
         norm = jnp.linalg.norm(values)
         share = lambda projected: jnp.where(norm > 0, (jnp.linalg.norm(projected) / norm) ** 2, 0.0)
-        alive = values > 0
-        inner = jnp.linalg.norm(jnp.where(alive[:, None] & alive, u.T @ kernel @ v.T, 0.0))
+        live = alive(values)
+        inner = jnp.linalg.norm(jnp.where(live[:, None] & live, u.T @ kernel @ v.T, 0.0))
         return jnp.stack([norm, inner, share((p.T @ u) * values), share(values[:, None] * (v @ q.T))])
 
     return jax.lax.map(one, (kernels, change))

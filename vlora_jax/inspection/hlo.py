@@ -111,7 +111,7 @@ class Program:
 
 
 def dot_flops(text: str) -> float:
-    """FLOPs (2 a multiply-add) of all matrix products that a compiled program executes.
+    """FLOPs (2 a multiply-add) of all matrix products that a compiled program executes; of branches, those of each.
 
     The TPU compiler turns products into convolutions, which are not counted: count those from the traced program,
     `vlora_jax.inspection.flops.matmul_flops`.

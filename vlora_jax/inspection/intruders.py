@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.lora import LoRA
@@ -42,6 +42,21 @@ class IntruderRow:
     cosines: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class ReducedRow:
+    """What became of the intruders in one layer of one kernel.
+
+    Attributes:
+      intruders: how many were scaled down: those on the output side.
+      left_out: what the cut to the LoRA's rank leaves out, relative to the reduced change.
+    """
+
+    path: str
+    layer: int | None
+    intruders: int
+    left_out: float
+
+
 def intruder_rows(base: Tree, adapter: Adapter, top: int = TOP, epsilon: float = EPSILON) -> list[IntruderRow]:
     """A row for each layer of each site.
 
@@ -66,7 +81,7 @@ def intruder_rows(base: Tree, adapter: Adapter, top: int = TOP, epsilon: float =
 
 def reduce_intruders(
     base: Tree, adapter: Adapter, keep: float = KEEP, top: int = TOP, epsilon: float = EPSILON
-) -> tuple[Adapter, dict[str, np.ndarray]]:
+) -> tuple[Adapter, list[ReducedRow]]:
     """A LoRA with its intruders scaled down: W + ΔW + (keep - 1)·Σ σⱼ pⱼ qⱼᵀ over the intruders j of W + ΔW.
 
     That change has the adapter's rank and one for each intruder; it is cut to the adapter's rank by an SVD, from
@@ -78,32 +93,34 @@ def reduce_intruders(
       top, epsilon: see `intruder_rows`.
 
     Returns:
-      The new adapter, and by site what the cut leaves out, relative to the reduced change, one value a layer.
+      The new adapter, and a row for each layer of each site.
 
     Raises:
       ConfigError: `keep` is not within 0 and 1, `top` below 1, or `epsilon` no cosine.
-      ConversionError: the adapter is no LoRA of one rank (`vlora_jax.as_lora` makes one of any that can be merged).
+      ConversionError: the adapter is no plain LoRA of one rank in all layers of a site (`vlora_jax.as_lora` makes one
+        of any that can be merged).
+      BaseMismatchError: the base lacks a site of the adapter.
     """
     if not 0 <= keep <= 1:
         raise ConfigError(f"keep is {keep}; it must be a share, between 0 (take intruders out) and 1 (change nothing)")
-    if not isinstance(adapter.method, LoRA) or adapter.method.varies:
+    if type(adapter.method) is not LoRA or adapter.method.varies:  # what DoRA and PiSSA make of A and B is no A B
         raise ConversionError(
-            f"intruders are scaled down in a LoRA of one rank in all layers, not in {adapter.method.name}; as_lora "
-            f"makes such a one of adapters that can be merged"
+            f"intruders are scaled down in a plain LoRA of one rank in all layers, not in this {adapter.method.name}; "
+            f"as_lora makes such a one of adapters that can be merged"
         )
-    sites, residuals = dict(adapter.trainable["sites"]), {}
+    sites, rows = dict(adapter.trainable["sites"]), []
     for part, change, found in _each(base, adapter, top, epsilon):
         rank, scale = part.own["a"].shape[-1], part.method.scale  # type: ignore[attr-defined]
-        a, b, lost, any_here = _reduced(rank, change, found, keep, epsilon)
-        chosen = lambda new, old, here=any_here: jnp.where(here[:, None, None], new, old.reshape(new.shape)).reshape(
-            old.shape
-        )
+        a, b, lost, counts = _reduced(rank, change, found, keep, epsilon)
+        here = counts[:, None, None] > 0
+        chosen = lambda new, old, here=here: jnp.where(here, new, old.reshape(new.shape)).reshape(old.shape)
         sites[part.site.path] = sites[part.site.path] | {
             "a": chosen(a, part.own["a"]),
             "b": chosen(b / scale, part.own["b"]),
         }
-        residuals[part.site.path] = np.asarray(lost)
-    return dataclasses.replace(adapter, trainable=adapter.trainable | {"sites": sites}), residuals
+        figures = zip(part.layers, counts.tolist(), lost.tolist(), strict=True)
+        rows += [ReducedRow(part.site.path, *each) for each in figures]
+    return dataclasses.replace(adapter, trainable=adapter.trainable | {"sites": sites}), rows
 
 
 @jax.tree_util.register_dataclass
@@ -142,8 +159,8 @@ def _compared(top: int, kernels: Float[Array, "layers in out"], change: Change) 
 @functools.partial(jax.jit, static_argnums=0)
 def _reduced(
     rank: int, change: Change, found: _Leading, keep: Float[Array, ""] | float, epsilon: Float[Array, ""] | float
-) -> tuple[Array, Array, Float[Array, " layers"], Bool[Array, " layers"]]:
-    """A and B with ΔW = A B cut to a rank, what the cut leaves out, and whether a layer has intruders."""
+) -> tuple[Array, Array, Float[Array, " layers"], Int[Array, " layers"]]:
+    """A and B with ΔW = A B cut to a rank, what the cut leaves out, and how many intruders a layer has."""
 
     def one(layer: tuple[Change, _Leading]) -> tuple:
         change, found = layer
@@ -152,6 +169,6 @@ def _reduced(
         u, values, v = product_svd(left, jnp.concatenate([change.v, found.v]))
         root, total = jnp.sqrt(values[:rank]), jnp.linalg.norm(values)
         lost = jnp.linalg.norm(values[rank:]) / jnp.where(total > 0, total, 1.0)
-        return u[:, :rank] * root, root[:, None] * v[:rank], lost, (found.output < epsilon).any()
+        return u[:, :rank] * root, root[:, None] * v[:rank], lost, (found.output < epsilon).sum()
 
     return jax.lax.map(one, (change, found))

@@ -33,7 +33,7 @@ class RoundingRow:
 def rounding_rows(base: Tree, adapter: Adapter, dtype: str = "bfloat16", rows: int | None = ROWS) -> list[RoundingRow]:
     """A row for each layer of each site.
 
-    Builds ΔW, O(in·out·r), so that it looks at some rows of each kernel only: evenly spaced, hence unbiased.
+    Builds ΔW, O(in·out·r), so that it looks at some rows of each kernel only, evenly spaced.
 
     Args:
       base: the parameters that the adapter changes.

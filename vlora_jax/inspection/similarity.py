@@ -17,6 +17,8 @@ from vlora_jax.inspection.changes import Change, Part, changes
 from vlora_jax.inspection.spectra import alive, product_values
 from vlora_jax.inspection.tables import ratio
 
+MOST = 32  # leading directions in a grid
+
 
 @dataclass(frozen=True)
 class DiffRow:
@@ -112,17 +114,19 @@ def subspace_grids(one: Adapter, other: Adapter, base: Tree | None = None) -> di
     """φ(i, j) between the leading i and the leading j directions of two adapters' changes, on the output side.
 
     Returns:
-      By path of the kernels that both change, `(k, k')`, mean over layers: `[i - 1, j - 1]` is φ(i, j) of
-      arXiv 2106.09685, equation 4.
+      By path of the kernels that both change, `(k, k')`, each at most `MOST`, mean over the layers in which they do:
+      `[i - 1, j - 1]` is φ(i, j) of arXiv 2106.09685, equation 4.
 
     Raises:
       BaseMismatchError, ConversionError: as for `diff_rows`.
     """
-    return {
-        part.site.path: np.asarray(_grid(change.v, second.v))
-        for part, change, second in _paired(one, other, base, base)
-        if change is not None and second is not None
-    }
+    grids = {}
+    for part, change, second in _paired(one, other, base, base):
+        if change is not None and second is not None:
+            both = np.asarray((change.values[:, 0] > 0) & (second.values[:, 0] > 0))
+            if both.any():
+                grids[part.site.path] = np.asarray(_grid(change.v[both, :MOST], second.v[both, :MOST]))
+    return grids
 
 
 def parameter_diffs(one: Tree, other: Tree) -> list[ParameterDiff]:

@@ -9,12 +9,14 @@ from typing import Literal
 import jax
 import numpy as np
 
+from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.arithmetic import add, weighted_sum
 from vlora_jax.adapters.consensus import dare, ties
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError, ConversionError
 from vlora_jax.hub.peft import as_lora
+from vlora_jax.inspection.intruders import ReducedRow, reduce_intruders
 from vlora_jax.training.exchange import head_of, read_adapter, source_of
 from vlora_jax.training.opened import open_adapter, opened_run
 from vlora_jax.training.results import Trained, read_run, write_adapter
@@ -93,20 +95,26 @@ def is_run(path: Path) -> bool:
 
 
 def write_as_lora(
-    blended: Trained, out: Path, rank: int, limit: float, members: Sequence[Path]
-) -> tuple[Trained, dict[str, np.ndarray]]:
+    blended: Trained, out: Path, rank: int, limit: float, members: Sequence[Path], keep: float | None = None
+) -> tuple[Trained, dict[str, np.ndarray], list[ReducedRow]]:
     """Write the adapter of `blend_runs` as a run with a LoRA of at most a rank.
 
+    Args:
+      keep: share of its intruders that stays, see `reduce_intruders`; they are not looked for if not given.
+
     Returns:
-      The run, and what the LoRA leaves out of each site's change, one value a layer.
+      The run; what the LoRA leaves out of each site's change, one value a layer; and what became of its intruders.
 
     Raises:
       ConversionError: see `as_lora`.
+      ConfigError: `keep` is no share.
       ResourceError: the directory is not empty.
     """
     if blended.adapter is None:
         raise ConversionError(f"{blended.run} has no adapter")
+    checkpoint.refuse_used(out)  # before SVDs that may take long
     params = expand(blended.graphdef, opened_run(blended).base)[1]
     lora, residuals = as_lora(params, blended.adapter, rank, limit, plain=False)
-    made_from = {"members": [str(member) for member in members]}
-    return write_adapter(dataclasses.replace(blended, adapter=lora), out, made_from), residuals
+    lora, rows = (lora, []) if keep is None else reduce_intruders(params, lora, keep)
+    made_from = {"members": [str(member) for member in members], "keep_intruders": keep}
+    return write_adapter(dataclasses.replace(blended, adapter=lora), out, made_from), residuals, rows

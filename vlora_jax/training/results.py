@@ -21,7 +21,7 @@ from vlora_jax.adapters.merge import merge
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import held_out_batches
 from vlora_jax.distributed.mesh import make_mesh
-from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, VloraError
+from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError, ConversionError, VloraError
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.job import FROZEN, TRAINABLE, load_data, parameters
@@ -203,6 +203,7 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     """Write a run's model as ordinary dense parameters, into a directory that `init_from` takes.
 
     Raises:
+      ConversionError: the adapter cannot be merged, or the merged logits are not finite.
       ResourceError: the directory is not empty.
     """
     checkpoint.refuse_used(out)
@@ -212,6 +213,8 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     inputs = jnp.asarray(batch["tokens" if "tokens" in batch else "image"])[0]
     before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, inputs)
     after = jax.jit(functools.partial(apply, graphdef))(params, None, inputs)
+    if not jnp.isfinite(after).all():
+        raise ConversionError(f"{out}: the merged model's logits are not finite")
     model = trained.model.model_copy(update={"vertical": None})
     config = trained.config.model_copy(update={"model": model, "init_from": None, "adapter": None})
     about = {"source_step": None, "data_fingerprint": data.fingerprint}
@@ -219,6 +222,4 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     whole = dataclasses.replace(trained, config=config, model=model, about=about)
     write_start(whole, out, {TRAINABLE: params}, made_from, base_fingerprint=None)
     gap, largest = float(jnp.abs(after - before).max()), float(jnp.abs(before).max())
-    if not jnp.isfinite(after).all():
-        raise ConfigError(f"{out}: the merged model's logits are not finite")
     return Written(out, count(params), gap, largest, len(inputs))

@@ -4,14 +4,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlora_jax import checkpoint
-from vlora_jax.errors import CheckpointError, ConfigError, ResumeError, nearest
+from vlora_jax.errors import CheckpointError, ConfigError, ResourceError, ResumeError, nearest
 from vlora_jax.training.config import RunConfig, load_config
 
 CONFIG, METRICS, CHECKPOINTS, LOCK = "config.yaml", "metrics.jsonl", "checkpoints", ".lock"
@@ -150,8 +150,17 @@ def keep_metrics(run: Path, step: int) -> None:
     write_whole(run / METRICS, "".join(kept))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece: whole, or as it was before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file in one piece: whole, or as it was before.
+
+    Raises:
+      ResourceError: it cannot be written.
+    """
+    partial = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.rename(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ResourceError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -66,9 +66,7 @@ def heat_map(heat: Heat) -> str:
         cells = "".join(
             _cell(spoken(row, place), value, low, high, heat.form, whole) for place, value in enumerate(row.values)
         )
-        gap = len(heat.columns) - len(row.values)
-        filler = f'<b style="grid-column:span {gap}"></b>' if gap and not whole else ""
-        lines.append(f'<span title="{html.escape(row.path)}">{html.escape(row.label)}</span>{cells}{filler}')
+        lines.append(f'<span title="{html.escape(row.path)}">{html.escape(row.label)}</span>{cells}')
     every = max(1, math.ceil(len(heat.columns) / 16))
     numbers = "".join(
         f"<b>{html.escape(name) if place % every == 0 else ''}</b>" for place, name in enumerate(heat.columns)
