@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, check_least, check_rank, check_steps
+from vlora_jax.adapters.method import Factors
+from vlora_jax.adapters.options import check_least, check_rank, check_steps
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.adapters.triplets import Triplets, orthogonality

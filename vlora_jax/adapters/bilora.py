@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, Gradient, Slope, check_dropout, check_least, check_rank
+from vlora_jax.adapters.method import Factors, Gradient, Slope
+from vlora_jax.adapters.options import check_dropout, check_least, check_rank
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.adapters.triplets import Triplets, orthogonality

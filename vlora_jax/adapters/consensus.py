@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.blend import WORDS, Blend, Weight, blended, drawing_key
-from vlora_jax.adapters.method import check_dropout
+from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError, ConversionError
 

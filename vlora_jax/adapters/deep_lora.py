@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, LowRank, check_least, check_rank, one_by_one
+from vlora_jax.adapters.method import Factors, LowRank, one_by_one
+from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.method import Factors, Product, check_dropout
+from vlora_jax.adapters.method import Factors, Product
+from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.ranked import Ranked, uniform
 from vlora_jax.adapters.sites import Site
 from vlora_jax.errors import ConfigError

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, LowRank, check_least, check_rank
+from vlora_jax.adapters.method import Factors, LowRank
+from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.probe import measured
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree

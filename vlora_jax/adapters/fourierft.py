@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.kept import times_built
-from vlora_jax.adapters.method import Factors, SiteMethod, by_pattern, check_least, check_patterns, check_type
+from vlora_jax.adapters.method import Factors, SiteMethod
+from vlora_jax.adapters.options import by_pattern, check_least, check_patterns, check_type
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.torch_draws import TorchDraws
 from vlora_jax.adapters.trees import Tree

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.kept import times_built
-from vlora_jax.adapters.method import Factors, check_dropout
+from vlora_jax.adapters.method import Factors
+from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.ranked import Ranked, uniform
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.view import Lookup, thin

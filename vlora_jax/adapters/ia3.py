@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Method, check_patterns, pattern_selects
+from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.options import check_patterns, pattern_selects
 from vlora_jax.adapters.sites import Patterns, Site, as_patterns
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.adapters.view import Lookup

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, check_least, check_steps, check_type
+from vlora_jax.adapters.method import Factors
+from vlora_jax.adapters.options import check_least, check_steps, check_type
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.svd import Principal
 from vlora_jax.adapters.trees import Tree, flatten, map_alike

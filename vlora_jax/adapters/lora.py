@@ -12,16 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import (
-    Factors,
-    Product,
-    by_pattern,
-    check_dropout,
-    check_patterns,
-    check_rank,
-    check_type,
-    is_table,
-)
+from vlora_jax.adapters.method import Factors, Product
+from vlora_jax.adapters.options import by_pattern, check_dropout, check_patterns, check_rank, check_type, is_table
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError

@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.method import Factors, check_least
+from vlora_jax.adapters.method import Factors
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.svd import Principal
 
 

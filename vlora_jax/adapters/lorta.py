@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Factors, Product, check_dropout, check_least, site_key
+from vlora_jax.adapters.method import Factors, Product, site_key
+from vlora_jax.adapters.options import check_dropout, check_least
 from vlora_jax.adapters.sites import Site, layer_number, role
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError

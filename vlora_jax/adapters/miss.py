@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.kept import times_built
-from vlora_jax.adapters.method import Factors, SiteMethod, check_dropout, check_least
+from vlora_jax.adapters.method import Factors, SiteMethod
+from vlora_jax.adapters.options import check_dropout, check_least
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.view import Lookup
 from vlora_jax.errors import ConfigError

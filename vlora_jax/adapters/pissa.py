@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.kernel_start import KernelStart
-from vlora_jax.adapters.method import check_least
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.svd import leading, principal
 
 

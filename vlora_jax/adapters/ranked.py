@@ -9,7 +9,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter
-from vlora_jax.adapters.method import Factors, SiteMethod, by_pattern, check_least, check_patterns, check_rank
+from vlora_jax.adapters.method import Factors, SiteMethod
+from vlora_jax.adapters.options import by_pattern, check_least, check_patterns, check_rank
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError

@@ -10,16 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import (
-    Factors,
-    Method,
-    by_pattern,
-    check_least,
-    check_patterns,
-    check_rank,
-    check_type,
-    one_by_one,
-)
+from vlora_jax.adapters.method import Factors, Method, one_by_one
+from vlora_jax.adapters.options import by_pattern, check_least, check_patterns, check_rank, check_type
 from vlora_jax.adapters.sites import Site, find_sites, select
 from vlora_jax.adapters.svd import values
 from vlora_jax.adapters.trees import Tree, flatten

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.kept import times_built
-from vlora_jax.adapters.method import Factors, Method, check_least, check_steps, over_stack, site_key
+from vlora_jax.adapters.method import Factors, Method, over_stack, site_key
+from vlora_jax.adapters.options import check_least, check_steps
 from vlora_jax.adapters.probe import measured
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree

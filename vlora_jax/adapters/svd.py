@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.method import Factors, Product, check_least, check_rank
+from vlora_jax.adapters.method import Factors, Product
+from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.ranked import Ranked
 from vlora_jax.adapters.sites import Site
 from vlora_jax.errors import ConfigError

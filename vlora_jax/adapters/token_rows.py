@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
-from vlora_jax.adapters.method import Factors, SiteMethod, check_type
+from vlora_jax.adapters.method import Factors, SiteMethod
+from vlora_jax.adapters.options import check_type
 from vlora_jax.adapters.sites import Patterns, Site
 from vlora_jax.adapters.view import Lookup
 from vlora_jax.errors import ConfigError

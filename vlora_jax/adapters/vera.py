@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.method import Method, check_dropout
+from vlora_jax.adapters.method import Method
+from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.torch_draws import TorchDraws
 from vlora_jax.adapters.trees import Tree

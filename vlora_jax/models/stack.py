@@ -14,7 +14,8 @@ from jaxtyping import Array
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.bind import child
 from vlora_jax.adapters.kept import keeps
-from vlora_jax.adapters.method import check_patterns, site_key
+from vlora_jax.adapters.method import site_key
+from vlora_jax.adapters.options import check_patterns
 from vlora_jax.adapters.sites import Layout, Site, find_sites, select, split
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.activations import after_layers
