@@ -347,9 +347,21 @@ def test_options_of_a_wrong_type_are_refused_by_name(unchecked, name):
         for value in WRONG.get(field.type, []):
             with pytest.raises(ConfigError, match=f"{name}: {field.name} is {value!r}; it must be"):
                 METHODS[name](**{field.name: value})
-    for field in ("targets", "exclude", "full"):
+    patterns = [(field, value) for field in ("targets", "exclude", "full") for value in (["q", 3], [None], 3)]
+    for field, value in [*patterns, ("targets", None)]:
         with pytest.raises(ConfigError, match=f"{name}: {field} is .*; it must be a pattern or a list of patterns"):
-            METHODS[name](**{field: ["q", 3]})
+            METHODS[name](**{field: value})
+
+
+@every_method
+def test_options_with_a_meaning_in_all_methods_are_checked_in_all(unchecked, name):
+    names = [field.name for field in dataclasses.fields(METHODS[name])]
+    for field in (field for field in names if field.endswith("_pattern")):
+        with pytest.raises(ConfigError, match=f"{name}: {field} is {{3: 1}}; it must map patterns to values"):
+            METHODS[name](**{field: {3: 1}})
+    for value in (1.0, -0.1) if "dropout" in names else ():
+        with pytest.raises(ConfigError, match=f"{name}: dropout is {value}; it must be at least 0 and below 1"):
+            METHODS[name](dropout=value)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import Factors, Gradient, Slope
-from vlora_jax.adapters.options import check_dropout, check_least, check_rank
+from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.adapters.triplets import Triplets, orthogonality
@@ -67,7 +67,6 @@ class BiLoRA(Triplets):
         super().__post_init__()
         for field, least in (("rank", 1), ("orthogonality", 0), ("inner_rate", 0)):
             check_least(f"bilora: {field}", getattr(self, field), least)
-        check_dropout(self.name, self.dropout)
         if not 0.0 < self.upper < 1.0:
             raise ConfigError(f"bilora: upper is {self.upper}; it must be above 0 and below 1")
         if self.value_rate <= 0:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.method import Factors, Product
-from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.ranked import Ranked, uniform
 from vlora_jax.adapters.sites import Site
 from vlora_jax.errors import ConfigError
@@ -53,10 +52,6 @@ class DeLoRA(Ranked, Product):
     boundary_pattern: Any = ()
     dropout: float = 0.0
     start: Start = "zero_b"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_dropout(self.name, self.dropout)
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         if kernel is None:

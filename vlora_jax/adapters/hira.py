@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.kept import times_built
 from vlora_jax.adapters.method import Factors
-from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.ranked import Ranked, uniform
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.view import Lookup, thin
@@ -48,10 +47,6 @@ class HiRA(Ranked):
     rank: int = 32
     dropout: float = 0.0
     start: Start = "zero_b"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_dropout(self.name, self.dropout)
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         down, up = (site.in_dim, self.rank), (self.rank, site.out_dim)

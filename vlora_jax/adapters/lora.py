@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import Factors, Product
-from vlora_jax.adapters.options import by_pattern, check_dropout, check_patterns, check_rank, check_type, is_table
+from vlora_jax.adapters.options import by_pattern, check_patterns, check_rank, check_type, is_table
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError
@@ -82,7 +82,6 @@ class LoRA(Product):
                 raise ConfigError(f"{self.name}: {where} is {rank}; it must be at least {least}")
         for where, alpha, _ in _named("alpha_pattern", self.alpha_pattern):
             check_type(f"{self.name}: {where}", alpha, float)
-        check_dropout(self.name, self.dropout)
         if self.b_rate <= 0:
             raise ConfigError(f"{self.name}: b_rate is {self.b_rate}; it must be positive")
 

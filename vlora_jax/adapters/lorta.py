@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import Factors, Product, site_key
-from vlora_jax.adapters.options import check_dropout, check_least
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.sites import Site, layer_number, role
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError
@@ -65,7 +65,6 @@ class LoRTA(Product):
         super().__post_init__()
         for field in ("rank", "heads"):
             check_least(f"{self.name}: {field}", getattr(self, field), 1)
-        check_dropout(self.name, self.dropout)
 
     @property
     def scale(self) -> float:

@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.options import check_type, is_table
+from vlora_jax.adapters.options import check_dropout, check_type, is_table
 from vlora_jax.adapters.sites import Patterns, Site
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.adapters.view import thin
@@ -104,6 +104,8 @@ class Method(ABC):
             if each.name.endswith("_pattern") and not is_table(value):
                 raise ConfigError(f"{self.name}: {each.name} is {value!r}; it must map patterns to values")
             check_type(f"{self.name}: {each.name}", value, each.type)
+            if each.name == "dropout":
+                check_dropout(self.name, getattr(self, each.name))
 
     @abstractmethod
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlora_jax.adapters.adapter import FactorDict
 from vlora_jax.adapters.kept import times_built
 from vlora_jax.adapters.method import Factors, SiteMethod
-from vlora_jax.adapters.options import check_dropout, check_least
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.view import Lookup
 from vlora_jax.errors import ConfigError
@@ -54,7 +54,6 @@ class MiSS(SiteMethod):
         super().__post_init__()
         check_least(f"{self.name}: rank", self.rank, 1)
         check_least(f"{self.name}: mini_rank", self.mini_rank, 1)
-        check_dropout(self.name, self.dropout)
         if self.mode == "bat" and self.dropout:
             raise ConfigError(f"{self.name}: dropout is {self.dropout}; mode bat has none")
 

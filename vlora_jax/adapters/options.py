@@ -10,9 +10,10 @@ from vlora_jax.errors import ConfigError, TargetError
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value is a mapping, or the pairs of one."""
-    return isinstance(value, Mapping) or (
-        isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+    """Whether a value is a mapping from patterns, or the pairs of one."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    return isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
     )
 
 
@@ -29,9 +30,9 @@ def check_type(what: str, value: Any, kind: Any) -> None:
         raise ConfigError(f"{what} is {value!r}; it must be true or false")
     if get_origin(kind) is Literal and value not in get_args(kind):
         raise ConfigError(f"{what} is {value!r}; it must be one of {', '.join(map(str, get_args(kind)))}")
-    if kind in (Patterns, Patterns | None):
-        texts = (value,) if isinstance(value, str) or value is None else value
-        if not isinstance(texts, Sequence) or not all(isinstance(text, str | None) for text in texts):
+    if kind == Patterns or (kind == Patterns | None and value is not None):
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"{what} is {value!r}; it must be a pattern or a list of patterns")
 
 

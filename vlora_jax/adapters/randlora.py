@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.kept import times_built
 from vlora_jax.adapters.method import Factors, SiteMethod
-from vlora_jax.adapters.options import check_dropout, check_least
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.torch_draws import TorchDraws
 from vlora_jax.adapters.trees import Tree
@@ -71,7 +71,6 @@ class RandLoRA(SiteMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(f"{self.name}: rank", self.rank, 1)
-        check_dropout(self.name, self.dropout)
 
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         adapter = super().init(key, sites, base)

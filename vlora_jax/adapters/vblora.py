@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import Factors, Product, site_key
-from vlora_jax.adapters.options import check_dropout, check_least
+from vlora_jax.adapters.options import check_least
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError
@@ -57,7 +57,6 @@ class VBLoRA(Product):
         super().__post_init__()
         for field in ("rank", "vectors", "length", "topk"):
             check_least(f"{self.name}: {field}", getattr(self, field), 1)
-        check_dropout(self.name, self.dropout)
         if self.topk > self.vectors:
             raise ConfigError(f"{self.name}: topk is {self.topk}; the bank has {self.vectors} vectors")
         for field in ("bank_bound", "bank_rate"):

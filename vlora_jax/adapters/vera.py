@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.method import Method
-from vlora_jax.adapters.options import check_dropout
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.torch_draws import TorchDraws
 from vlora_jax.adapters.trees import Tree
@@ -67,7 +66,6 @@ class VeRA(Method):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"vera: {field} is {value!r}; it must be a whole number of at least 1")
-        check_dropout(self.name, self.dropout)
 
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         sides = self.sides(sites)
