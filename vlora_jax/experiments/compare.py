@@ -29,12 +29,13 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.errors import CheckpointError, ConfigError, NonFiniteError, VloraError, nearest
 from vlora_jax.experiments.budget import fitted
-from vlora_jax.training.config import RunConfig, Section, explain, load_config, read_yaml
+from vlora_jax.training.config import RunConfig, Section, load_config
 from vlora_jax.training.evaluate import held_out_marks
 from vlora_jax.training.job import load_data
 from vlora_jax.training.loop import train
 from vlora_jax.training.opened import open_model, open_start
 from vlora_jax.training.progress import LIBRARIES
+from vlora_jax.training.reading import explain, read_yaml
 from vlora_jax.training.runs import write_whole
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared

@@ -19,8 +19,9 @@ from vlora_jax.checkpoint import make_directory
 from vlora_jax.data.dataset import DataSet
 from vlora_jax.errors import ConfigError, ResumeError, VloraError
 from vlora_jax.experiments.joint import place_of_one
-from vlora_jax.training.config import PretrainedConfig, RunConfig, Section, explain, flat_keys, load_config, read_yaml
+from vlora_jax.training.config import PretrainedConfig, RunConfig, Section, load_config
 from vlora_jax.training.job import Job, described
+from vlora_jax.training.reading import explain, flat_keys, read_yaml
 from vlora_jax.training.runs import differing, write_whole
 
 SWEEP = "sweep.yaml"  # in the directory of the results

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from vlora_jax.distributed.mesh import filled
 from vlora_jax.planning.plan import Plan
-from vlora_jax.training.config import RunConfig, parse_override, set_key
+from vlora_jax.training.config import RunConfig
+from vlora_jax.training.reading import parse_override, set_key
 
 LEANER = ("none", "dots", "full")  # remat policies, each with less memory than the one before
 Change = tuple[str, ...]  # overrides of a config

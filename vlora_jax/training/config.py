@@ -1,13 +1,9 @@
 """The configuration of a run: YAML files, `key.sub=value` overrides, one error line for a mistake."""
 
-import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,9 +27,9 @@ from vlora_jax.models.stack import Remat
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.optimizers import OptimizerConfig
 from vlora_jax.training.profiling import window
+from vlora_jax.training.reading import TAGS, explain, flat_keys, parse_override, read_yaml, set_key
 from vlora_jax.vertical.config import MethodField, Vertical
 
-TAGS = ("model.family", "model.vertical.increment.method", "adapter.method", "data.name")  # which of several sections
 ANYTIME: dict[str, Any] = {"anytime": True}  # may change between a run's start and its continuation
 
 
@@ -174,20 +170,6 @@ class DistributedConfig(Section):
     )
 
 
-VARIANTS: dict[str, type[BaseModel]] = {
-    "vit": ViTConfig,
-    "decoder": DecoderConfig,
-    "encoder": EncoderConfig,
-    "seq2seq": Seq2SeqConfig,
-    "matrix": MatrixConfig,
-    "pretrained": PretrainedConfig,
-    "digits": DigitsConfig,
-    "pystdlib": PystdlibConfig,
-    "low_rank": LowRankConfig,
-    "dataset": DatasetConfig,
-}
-
-
 class RunConfig(Section):
     """One run. The defaults train the embedded VLoRA Vision Transformer on digits."""
 
@@ -274,99 +256,7 @@ def load_config(path: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path or 'config'}: {explain(error)}") from None
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """Key and value of `"key.sub=value"`.
-
-    Raises:
-      ConfigError: it is something else.
-    """
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} must look like key.sub=value")
-    try:
-        return key.strip(), yaml.load(text, Loader=Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-
-
-class Loader(yaml.SafeLoader):
-    """YAML with `1e-3` a number and `10:12` none, as in YAML 1.2, and a key that is given twice an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in keys[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
-
-
-Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
-
-    Raises:
-      ConfigError: it is missing, unreadable, or holds something else.
-    """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except FileNotFoundError:
-        nearby = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = difflib.get_close_matches(str(path), nearby, 1, 0)
-        raise ConfigError(f"{path} does not exist" + (f"; nearest: {hint[0]}" if hint else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: {getattr(error, 'problem', None) or 'not a YAML file'}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
-    return values
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dictionaries, making them on the way.
-
-    A new tag empties its section: the other keys belonged to the old one.
-
-    Raises:
-      ConfigError: what should hold the key is no section.
-    """
-    *parents, last = key.split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        if not isinstance(values[parent], dict):
-            raise ConfigError(f"{key}: {parent} is {values[parent]!r}, which has no keys")
-        values = values[parent]
-    if key in TAGS and values.get(last) not in (None, value):
-        values.clear()
-    values[last] = value
-
-
-def flat_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries by dotted key.
-
-    >>> flat_keys({"a": {"b": 1}, "c": 2})
-    {'a.b': 1, 'c': 2}
-    """
-    flat = {}
-    for key, value in values.items():
-        inner = flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-        flat |= inner
-    return flat
+        raise ConfigError(f"{path or 'config'}: {explain(error, RunConfig)}") from None
 
 
 def anytime_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -378,43 +268,3 @@ def anytime_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         elif isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             keys += anytime_keys(info.annotation, f"{prefix}{name}.")
     return keys
-
-
-def explain(error: ValidationError, section: type[BaseModel] = RunConfig) -> str:
-    """A pydantic error about a section as one line: the first mistake, with the nearest valid key."""
-    first = error.errors()[0]
-    variant = first["loc"][:1] in (("model",), ("data",))  # then comes which one it is, which is no key
-    parts = [str(part) for place, part in enumerate(first["loc"]) if not (variant and place == 1 and part in VARIANTS)]
-    key = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        names = keys_at(section, [str(part) for part in first["loc"][:-1]])
-        near = difflib.get_close_matches(parts[-1], names, 1, 0)
-        prefix = "".join(f"{part}." for part in parts[:-1])
-        return f"unknown key {key!r}" + (f"; nearest: {prefix + near[0]!r}" if near else "")
-    if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        context = first.get("ctx", {})
-        tag, options = context["discriminator"].strip("'"), context.get("expected_tags")
-        return f"{key}.{tag}: {context['tag']!r} is none of {options}" if "tag" in context else f"{key} needs a {tag}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool | None) else ""
-    return f"{key}: {message}{shown}" if key else message
-
-
-def keys_at(annotation: Any, location: list[str]) -> list[str]:
-    """Field names of the section at a pydantic error's location."""
-    for part in location:
-        if get_origin(annotation) is dict:
-            annotation = get_args(annotation)[1]
-        else:
-            annotation = VARIANTS.get(part) or models_in(annotation)[0].model_fields[part].annotation
-    return sorted(models_in(annotation)[0].model_fields)
-
-
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models in a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        return [model for inner in get_args(annotation) for model in models_in(inner)]
-    return []

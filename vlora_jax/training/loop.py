@@ -22,13 +22,14 @@ from vlora_jax.distributed.mesh import whole_batch
 from vlora_jax.distributed.rows import local_rows
 from vlora_jax.errors import BaseMismatchError, CheckpointError, DataError, NonFiniteError, ResumeError
 from vlora_jax.training import screens
-from vlora_jax.training.config import RunConfig, flat_keys
+from vlora_jax.training.config import RunConfig
 from vlora_jax.training.job import Job
 from vlora_jax.training.logs import Log, Silence, draw_curve
 from vlora_jax.training.loss import means
 from vlora_jax.training.optimizers import schedule
 from vlora_jax.training.profiling import PROFILE, profiled
 from vlora_jax.training.progress import Progress, about, better, not_finite
+from vlora_jax.training.reading import flat_keys
 from vlora_jax.training.runs import CHECKPOINTS, CONFIG, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
 
