@@ -13,6 +13,7 @@ from vlora_jax.vertical.config import Vertical
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT = CONFIGS / "default.yaml"
+DATASET = "data={name: dataset, format: text, "
 PROFILE = "must be the FIRST:LAST step to profile, counted from 1, like 10:12"
 
 
@@ -67,6 +68,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(override, message):
         ("model.layers=10", "vertical.size 4 does not divide layers 10; nearest size that does: 5"),
         ("model=null", "model is null: give a model, or init_from to take one from a run"),
         ("mesh={data: -1, fsdp: -1}", "mesh [-1, -1, 1] must be sizes of at least 1, at most one of them -1"),
+        (DATASET + "path: 3}", "data.path: Input should be a valid string (it is 3)"),
+        (DATASET + "path: a, held_out: true}", "data.held_out: Input should be a valid string (it is True)"),
+        (DATASET + "path: a, header: [3]}", "data.header.0: Input should be a valid string (it is 3)"),
+        (DATASET + "path: a, lenght: 3}", "unknown key 'data.lenght'; nearest: 'data.length'"),
+        ("optimizer.groups={3: 2.0}", "optimizer.groups.3: Input should be a valid string (it is 3)"),
         ("log.profile_steps=12:10", f"log.profile_steps: {PROFILE} (it is '12:10')"),
         ("log.profile_steps='0:'", f"log.profile_steps: {PROFILE} (it is '0:')"),
         ("log.profile_steps=0:3", f"log.profile_steps: {PROFILE} (it is '0:3')"),
@@ -83,6 +89,8 @@ def test_an_impossible_value_is_named_with_its_key(override, message):
     [
         ("seed", "override 'seed' must look like key.sub=value"),
         ("seed=[", "override 'seed=[': '[' is not a YAML value"),
+        ("seed=0b_", "override 'seed=0b_': '0b_' is not a YAML value"),
+        ("seed=!!int x", "override 'seed=!!int x': '!!int x' is not a YAML value"),
     ],
 )
 def test_an_override_that_is_none(override, message):
@@ -95,6 +103,7 @@ def test_an_override_that_is_none(override, message):
         ("seed: [1\nsteps: 2", ", line 2, column 6: expected ',' or ']', but got ':'"),
         ("- seed", " must hold keys and values, not list"),
         ("seed: 1\noptimizer: {rate: 1, rate: 2}", ", line 2, column 22: rate is given twice"),
+        ("model: {width: 0x_}", ", line 1, column 16: invalid literal for int() with base 16: ''"),
         ("optimizer: {rat: 1}", ": unknown key 'optimizer.rat'; nearest: 'optimizer.rate'"),
         ("name: \xe9", " cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 6: unexpected end of data"),
     ],
@@ -122,6 +131,8 @@ def test_overrides_are_yaml_values(tmp_path):
     assert config.model.vertical is None
     assert load_config(path, ["optimizer.rate=1e-3"]).optimizer.rate == 0.001
     assert load_config(path, ["log.profile_steps=10:12"]).log.profiled == range(10, 13), "no sexagesimal number"
+    for date in ("2026-11-27", "2026-02-30"):
+        assert load_config(path, [f"run_dir={date}"]).run_dir == date
 
 
 @pytest.mark.parametrize("turn", [1, -1])
