@@ -43,9 +43,7 @@ class PretrainedConfig(Section):
     """A model in the files of transformers."""
 
     family: Literal["pretrained"] = "pretrained"
-    source: str = Field(
-        description="a directory, a name on the Hugging Face hub, or package:NAME", json_schema_extra=ANYTIME
-    )
+    source: str = Field(description="a directory, a name on the Hugging Face hub, or package:NAME")
     head: Literal["lm", "sequence", "token", "masked_lm", "image", "none"] | None = Field(
         default=None, description="null: that of the files; another one starts at random"
     )
