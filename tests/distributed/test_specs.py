@@ -94,6 +94,9 @@ def test_a_mesh_must_multiply_to_the_devices():
     assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(ConfigError, match="data 3 × fsdp 1 × tensor 1 does not multiply to the 8 devices"):
         make_mesh(3)
+    for sizes in ((-1, 0, 1), (-1, -2, 1), (-2, -4, 1)):
+        with pytest.raises(ConfigError, match="does not multiply to the 8 devices"):
+            make_mesh(*sizes)
     with pytest.raises(ConfigError, match=r"data.batch 12 cannot be split over 8 devices"):
         check_batch(12, make_mesh())
 

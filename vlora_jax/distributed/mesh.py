@@ -51,8 +51,8 @@ def filled(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, ...]:
     sizes = [data, fsdp, tensor]
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = devices // known if devices % known == 0 else 0
-    if math.prod(sizes) != devices:
+        sizes[sizes.index(-1)] = devices // known if known > 0 and devices % known == 0 else 0
+    if min(sizes) < 1 or math.prod(sizes) != devices:
         shown = " × ".join(f"{name} {size}" for name, size in zip(AXES, (data, fsdp, tensor), strict=True))
         raise ConfigError(f"mesh {shown} does not multiply to the {devices} devices there are")
     return tuple(sizes)
