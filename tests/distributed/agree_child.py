@@ -28,6 +28,8 @@ def main() -> None:
     processes.same("config", {"steps": 3})
     with pytest.raises(ConfigError, match="process 1 has another config than process 0: steps is 4, not 3"):
         processes.same("config", {"steps": 3 + me})
+    with pytest.raises(ConfigError, match=r"than process 0: a is None, not absent; a\.b is absent, not 3"):
+        processes.same("config", {"seed": 1, "a": None} if me else {"seed": 1, "a.b": 3})
     if me == 0:
         with pytest.raises(ProcessError, match=r"process 1 did not come to 'lunch' in 0.5 seconds"):
             processes.barrier("lunch", 0.5)

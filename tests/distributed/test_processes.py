@@ -54,7 +54,11 @@ def test_the_environment_says_how_many_processes_there_are(environment, told):
         ({"JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES given without JAX_PROCESS_ID"),
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID 4 must be below JAX_NUM_PROCESSES 4"),
         ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID 'one' must be a whole number"),
-        ({"JAX_COORDINATOR_ADDRESS": "host"}, "JAX_COORDINATOR_ADDRESS 'host' must look like HOST:PORT"),
+        *(
+            ({"JAX_COORDINATOR_ADDRESS": address}, f"JAX_COORDINATOR_ADDRESS '{address}' must look like HOST:PORT, the")
+            for address in ("host", "8476", ":8476", "host:0", "host:65536", "host:²")
+        ),
+        ({"JAX_NUM_PROCESSES": "²"}, "JAX_NUM_PROCESSES '²' must be a whole number"),
     ],
 )
 def test_an_environment_that_contradicts_itself_is_refused(change, message):

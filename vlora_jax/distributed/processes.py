@@ -62,10 +62,12 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     missing = [name for name in EXPLICIT if name not in given]
     if given and missing and not found:
         raise ConfigError(f"{', '.join(given)} given without {', '.join(missing)}: several processes need all three")
-    if address is not None and not address.rpartition(":")[2].isdigit():
-        raise ConfigError(f"JAX_COORDINATOR_ADDRESS {address!r} must look like HOST:PORT")
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ConfigError(f"JAX_COORDINATOR_ADDRESS {address!r} must look like HOST:PORT, the port below {2**16}")
     for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", process)):
-        if value is not None and not value.isdigit():
+        if value is not None and not value.isdecimal():
             raise ConfigError(f"{name} {value!r} must be a whole number")
     if count is not None and process is not None and int(process) >= int(count):
         raise ConfigError(f"JAX_PROCESS_ID {process} must be below JAX_NUM_PROCESSES {count}; the first one is 0")
@@ -229,9 +231,21 @@ def same(name: str, value: Any) -> None:
     values = gathered(name, value)
     for process, other in enumerate(values):
         if other != values[WRITER]:
-            keys = [key for key in other if other[key] != values[WRITER].get(key)] if isinstance(other, dict) else []
-            told = "; ".join(f"{key} is {other[key]!r}, not {values[WRITER].get(key)!r}" for key in keys[:3])
-            raise ConfigError(f"process {process} has another {name} than process {WRITER}: {told or other}")
+            told = difference(other, values[WRITER])
+            raise ConfigError(f"process {process} has another {name} than process {WRITER}: {told}")
+
+
+def difference(value: Any, expected: Any) -> str:
+    """How a value is not as expected; of dictionaries, the first keys in which they differ.
+
+    >>> difference({"adapter": None, "seed": 1}, {"adapter.rank": 8, "seed": 1})
+    'adapter is None, not absent; adapter.rank is absent, not 8'
+    """
+    if not (isinstance(value, dict) and isinstance(expected, dict)):
+        return f"{value!r}, not {expected!r}"
+    told = lambda values, key: repr(values[key]) if key in values else "absent"
+    keys = [key for key in value | expected if told(value, key) != told(expected, key)]
+    return "; ".join(f"{key} is {told(value, key)}, not {told(expected, key)}" for key in keys[:3])
 
 
 def agreed(wants: Callable[[], bool], mesh: Mesh) -> Callable[[], bool]:
