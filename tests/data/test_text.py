@@ -21,6 +21,7 @@ from vlora_jax.models.seq2seq import Seq2SeqConfig
 from vlora_jax.training import screens
 from vlora_jax.training.config import load_config
 from vlora_jax.training.loop import train
+from vlora_jax.training.results import read_run, write_ordinary
 from vlora_jax.training.runs import CHECKPOINTS, read_metrics
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -394,6 +395,16 @@ def test_a_packed_run_goes_on_exactly_and_shows_its_rows(write, tokenizer, tmp_p
     write("qa.jsonl", QA[1:])
     with pytest.raises(Exception, match="is not the data that this run was started on"):
         quiet(run_config(tmp_path / "whole", path, tokenizer))
+
+
+@pytest.mark.slow
+def test_a_run_of_an_encoder_decoder_is_merged(write, tokenizer, tmp_path):
+    own = ["model.family=seq2seq", "model.decoder_layers=2", "model.vertical.size=2", "model.layers=2"]
+    own += ["model.vertical.increment.rank=2", "data.packing=false", "steps=1"]
+    quiet(run_config(tmp_path / "run", write("qa.jsonl", QA), tokenizer, *own))
+    written = write_ordinary(read_run(tmp_path / "run"), tmp_path / "dense")
+    assert written.gap < 1e-5 < written.largest
+    assert read_run(tmp_path / "dense").model.vertical is None
 
 
 def test_a_model_with_too_few_tokens_is_refused(write, tokenizer, tmp_path):

@@ -203,16 +203,17 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     """Write a run's model as ordinary dense parameters, into a directory that `init_from` takes.
 
     Raises:
-      ConversionError: the adapter cannot be merged, or the merged logits are not finite.
       ResourceError: the directory is not empty.
+      BaseMismatchError: an adapter's base cannot be found again.
+      ConversionError: the method cannot be merged, or the merged logits are not finite.
     """
     checkpoint.refuse_used(out)
     graphdef, params = ordinary(trained)
     data = load_data(trained.config)
     batch = next(held_out_batches(data, min(32, len(data.held_out))))
-    inputs = jnp.asarray(batch["tokens" if "tokens" in batch else "image"])[0]
-    before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, inputs)
-    after = jax.jit(functools.partial(apply, graphdef))(params, None, inputs)
+    inputs = [jnp.asarray(batch[name])[0] for name in ("image", "tokens", "decoder_tokens") if name in batch]
+    before = jax.jit(functools.partial(apply, trained.graphdef))(trained.base, trained.adapter, *inputs)
+    after = jax.jit(functools.partial(apply, graphdef))(params, None, *inputs)
     if not jnp.isfinite(after).all():
         raise ConversionError(f"{out}: the merged model's logits are not finite")
     model = trained.model.model_copy(update={"vertical": None})
@@ -222,4 +223,4 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     whole = dataclasses.replace(trained, config=config, model=model, about=about)
     write_start(whole, out, {TRAINABLE: params}, made_from, base_fingerprint=None)
     gap, largest = float(jnp.abs(after - before).max()), float(jnp.abs(before).max())
-    return Written(out, count(params), gap, largest, len(inputs))
+    return Written(out, count(params), gap, largest, len(inputs[0]))
