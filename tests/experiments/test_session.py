@@ -115,6 +115,16 @@ def test_a_member_that_diverges_fails_by_itself(finished):
     assert outcomes.ranked(found[3:], "accuracy")[-1].best is None
 
 
+@pytest.mark.slow
+def test_a_member_whose_held_out_loss_is_not_finite_has_no_best_step(base, tmp_path):
+    plan = programs(members(base, ["seed=1"], ["optimizer.rate=1e30", "optimizer.warmup=0", "evaluate.every=1"]), ONE)
+    swept(plan, tmp_path, devices=ONE)
+    good, bad = outcomes.outcomes(plan, tmp_path)
+    assert (good.standing.step, good.standing.fault) == (6, "")
+    assert bad.standing.fault == "step 1: the held-out loss is not finite"
+    assert bad.standing.best is None
+
+
 def test_a_member_with_a_rank_sites_and_clipping_of_its_own_is_what_train_makes(finished, tmp_path):
     outcome, result = same_as_alone(finished, 1, tmp_path)
     assert outcome.trained == sum(leaf.size for leaf in jax.tree.leaves(result.state.trainable))

@@ -222,6 +222,15 @@ def test_a_loss_that_is_not_finite_stops_names_and_keeps(tmp_path):
     assert checkpoint.fault_of(run / CHECKPOINTS / str(step - 1)) is None
 
 
+def test_a_held_out_loss_that_is_not_finite_is_no_best_step(tmp_path):
+    """The step's own loss was taken before its update."""
+    run = tmp_path / "run"
+    blown = ["optimizer.rate=1e30", "optimizer.warmup=0"]
+    with pytest.raises(NonFiniteError, match="step 1: the held-out loss is not finite; there was no checkpoint yet"):
+        quiet(config(run, *blown, "evaluate.every=1"))
+    assert [record["kind"] for record in read_metrics(run)] == ["train"]
+
+
 @pytest.fixture(scope="module")
 def adapted(finished, tmp_path_factory):
     """A LoRA on the model that the finished run trained."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from vlora_jax.errors import BaseMismatchError, CheckpointError
 from vlora_jax.experiments.joint import Joint, chosen, raw
 from vlora_jax.experiments.sweep import Program, drawn
 from vlora_jax.training.loss import means
-from vlora_jax.training.progress import LIBRARIES, Progress, better, not_finite
+from vlora_jax.training.progress import HELD_OUT_FAULT, LIBRARIES, Progress, better, not_finite
 from vlora_jax.training.runs import CHECKPOINTS, METRICS, keep_metrics
 from vlora_jax.training.step import TrainState
 
@@ -267,6 +268,9 @@ class Session:
         for place in due:
             standing, config = self.standings[place], self.program.jobs[place].config
             if not standing.active:  # it failed in this step
+                continue
+            if not math.isfinite(marks[place]["loss"]):
+                self.end(place, step, f"step {step}: {HELD_OUT_FAULT}")
                 continue
             progress = standing.progress
             progress.seconds = self.seconds()

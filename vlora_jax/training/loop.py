@@ -1,5 +1,6 @@
 """The training loop: one run from start, or from where it stopped, to its end."""
 
+import math
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from vlora_jax.training.logs import Log, Silence, draw_curve
 from vlora_jax.training.loss import means
 from vlora_jax.training.optimizers import schedule
 from vlora_jax.training.profiling import PROFILE, profiled
-from vlora_jax.training.progress import Progress, about, better, not_finite
+from vlora_jax.training.progress import HELD_OUT_FAULT, Progress, about, better, not_finite
 from vlora_jax.training.reading import flat_keys
 from vlora_jax.training.runs import CHECKPOINTS, CONFIG, keep_metrics, lock, open_run, refuse_foreign
 from vlora_jax.training.step import TrainState, evaluate_step, leaf_names
@@ -216,11 +217,7 @@ class Trainer:
         now = time.monotonic()
         fault = not_finite(host["finite"], leaf_names(self.job.state.trainable))
         if fault is not None:
-            self.checkpoints.close()
-            kept = self.checkpoints.steps()
-            last = f"the last good checkpoint is step {kept[-1]}" if kept else "there was no checkpoint yet"
-            advice = "Try a lower optimizer.rate or more warmup, in another run_dir"
-            raise NonFiniteError(f"step {step}: {fault}; {last}. {advice}")
+            self.give_up(step, fault)
         if not host["weight"] > 0:
             raise DataError(f"step {step}: every label of the batch is masked, there is nothing to learn from")
         self.progress.units += float(host["weight"])
@@ -230,14 +227,24 @@ class Trainer:
         self.log.step(step, record)
         return now
 
+    def give_up(self, step: int, fault: str) -> NoReturn:
+        """Raises NonFiniteError, once what is being saved is whole."""
+        self.checkpoints.close()
+        kept = self.checkpoints.steps()
+        last = f"the last good checkpoint is step {kept[-1]}" if kept else "there was no checkpoint yet"
+        advice = "Try a lower optimizer.rate or more warmup, in another run_dir"
+        raise NonFiniteError(f"step {step}: {fault}; {last}. {advice}")
+
     def evaluate(self, state: TrainState, base: Tree, step: int) -> dict[str, Any]:
-        """Loss and accuracy over all held-out data."""
+        """Loss and accuracy over all held-out data; refuses what is not finite."""
         size = whole_batch(self.config.evaluate.batch, self.job.mesh)
         sums = [
             self.evaluate_compiled(state, base, self.job.place(batch))
             for batch in held_out_batches(self.job.data, size, local_rows(size, self.job.mesh))
         ]
         found = {"step": step, **{name: value for name, value in means(sums).items() if name != "weight"}}
+        if not math.isfinite(found["loss"]):
+            self.give_up(step, HELD_OUT_FAULT)
         is_best = better(found, self.progress.best, self.config.evaluate.metric)
         self.log.held_out(step, {name: found[name] for name in ("loss", "accuracy")}, is_best and step > 0)
         return found

@@ -10,6 +10,7 @@ import numpy as np
 from vlora_jax.training.job import Job
 
 LIBRARIES = ("vlora_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+HELD_OUT_FAULT = "the held-out loss is not finite"
 
 
 @dataclass
