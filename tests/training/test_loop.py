@@ -1,8 +1,11 @@
 """A run from start to end, and what it does when it is stopped, changed, damaged, or goes wrong."""
 
 import dataclasses
+import errno
+import fcntl
 import io
 import json
+import os
 
 import jax
 import numpy as np
@@ -176,6 +179,21 @@ def test_an_adapter_keeps_the_step_it_was_trained_on(tmp_path):
 def test_two_processes_do_not_write_one_run(tmp_path):
     with lock(tmp_path), pytest.raises(ResumeError, match="another process is training in"):
         quiet(config(tmp_path))
+
+
+def test_storage_without_locks_is_not_taken_for_a_second_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be locked .*No locks available.*; choose a run_dir on storage"):
+        quiet(config(tmp_path))
+
+
+def test_a_file_is_no_run_and_is_there(finished):
+    run, *_ = finished
+    with pytest.raises(ConfigError, match=r"config.yaml is no run directory: there is no config.yaml in it"):
+        read_run(run / "config.yaml")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def read_config(run: Path) -> RunConfig:
     if not (run / CONFIG).is_file():
         beside = run.parent.glob(f"*/{CONFIG}") if run.parent.is_dir() else ()
         near = nearest(str(run), [str(path.parent) for path in beside], 1)
-        what = "is no run directory: there is no config.yaml in it" if run.is_dir() else "does not exist"
+        what = f"is no run directory: there is no {CONFIG} in it" if run.exists() else "does not exist"
         raise ConfigError(f"{run} {what}" + (f"; nearest run: {near[0]}" if near else ""))
     return load_config(run / CONFIG)
 
@@ -74,13 +74,19 @@ def lock(run: Path, key: str = "run_dir") -> Iterator[None]:
 
     Raises:
       ResumeError: there is one already.
+      ResourceError: its storage has no locks.
     """
     checkpoint.make_directory(run)
     with (run / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ResumeError(f"another process is training in {run}; wait for it or choose another {key}") from None
+        except OSError as error:
+            raise ResourceError(
+                f"{run} cannot be locked against a second process ({error.strerror}); choose a {key} on storage that "
+                f"has locks"
+            ) from None
         yield
 
 
