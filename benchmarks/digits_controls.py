@@ -9,7 +9,6 @@ embedded run. Step times are medians over all steps; the arms run one after anot
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -22,6 +21,8 @@ from rich.table import Table
 
 from vlora_jax import count
 from vlora_jax.data.pipeline import TrainBatches, held_out_batches
+from vlora_jax.errors import VloraError
+from vlora_jax.experiments.report import Mark
 from vlora_jax.models.build import abstract_model
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.allocator import keep_large_buffers
@@ -47,16 +48,6 @@ class Arm:
     accuracies: list[float]
     losses: list[float]
     step_seconds: float
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.accuracies)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean over seeds."""
-        several = len(self.accuracies) > 1
-        return statistics.stdev(self.accuracies) / math.sqrt(len(self.accuracies)) if several else math.nan
 
 
 def narrowed(model: ViTConfig) -> list[str]:
@@ -93,10 +84,8 @@ def trained(name: str, overrides: list[str], common: list[str], seeds: int, cons
         compiled = compiled or (job.step().lower(job.state, job.base, job.batch).compile(), evaluate_step(job.subject))
         step, evaluate = compiled
         base, state = job.start()
-        batches, parameters = (
-            TrainBatches(job.data, job.config.data.batch, job.config.accumulate, seed),
-            job.model_parameters,
-        )
+        batches = TrainBatches(job.data, job.config.data.batch, job.config.accumulate, seed)
+        parameters = job.model_parameters
         for _ in range(job.config.steps):
             batch = job.place(next(batches))
             began = time.perf_counter()
@@ -125,7 +114,7 @@ def show(console: Console, results: list[Arm], config: RunConfig) -> None:
     for arm in results:
         table.add_row(
             arm.name, f"{arm.parameters:,}", f"{arm.parameters / dense.parameters:.1%}",
-            f"{arm.mean:.2%}" + (f" ± {arm.error:.2%}" if seeds > 1 else ""), f"{statistics.mean(arm.losses):.4f}",
+            f"{Mark.of(arm.accuracies):.2%}", f"{statistics.mean(arm.losses):.4f}",
             f"{1e3 * arm.step_seconds:.1f} ms", f"{arm.step_seconds / dense.step_seconds:.2f}",
         )  # fmt: skip
     console.print(table)
@@ -145,12 +134,16 @@ def main() -> None:
         parser.error("--seeds and --steps must be at least 1")
     keep_large_buffers()
     common = [f"steps={options.steps}", *options.overrides]
-    config = load_config(None, common)
-    assert isinstance(config.model, ViTConfig)
-    results = [
-        trained(name, overrides, common, options.seeds, Console(stderr=True))
-        for name, overrides in arms(config.model).items()
-    ]
+    try:
+        config = load_config(None, common)
+        if not isinstance(config.model, ViTConfig) or config.model.vertical is None:
+            parser.error("the model of the arms is a vertical Vision Transformer")
+        results = [
+            trained(name, overrides, common, options.seeds, Console(stderr=True))
+            for name, overrides in arms(config.model).items()
+        ]
+    except VloraError as error:
+        sys.exit(str(error))
     if options.json:
         sys.stdout.write(json.dumps([asdict(arm) for arm in results], indent=2) + "\n")
     else:

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from vlora_jax.data.config import DatasetConfig
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import held_out_batches
 from vlora_jax.errors import VloraError
+from vlora_jax.experiments.report import Mark
 from vlora_jax.hub.where import locate
 from vlora_jax.training.allocator import keep_large_buffers
 from vlora_jax.training.config import PretrainedConfig, RunConfig, load_config
@@ -67,16 +67,6 @@ class Arm:
     rate: float
     accuracies: list[float]
     seconds: float
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.accuracies)
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean over seeds."""
-        several = len(self.accuracies) > 1
-        return statistics.stdev(self.accuracies) / math.sqrt(len(self.accuracies)) if several else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +265,7 @@ def show(console: Console, config: RunConfig, arms: list[Arm], found: list[Twin]
     rows = [
         (
             arm.name, f"{arm.trained:,}", f"{arm.rate:g}", f"{arm.steps:,}",
-            f"{arm.mean:.2%}" + (f" ± {arm.error:.2%}" if seeds > 1 else ""),
+            f"{Mark.of(arm.accuracies):.2%}",
             f"{min(arm.accuracies):.2%} – {max(arm.accuracies):.2%}", f"{arm.seconds:.0f}",
         )
         for arm in arms

@@ -37,6 +37,14 @@ class Mark:
         error = statistics.stdev(values) / math.sqrt(len(values)) if several else math.nan
         return cls(statistics.fmean(values), error, len(values))
 
+    def __format__(self, form: str) -> str:
+        """The mean, and its error where there are several values.
+
+        >>> f"{Mark.of([0.25, 0.75]):+.1%}"
+        '+50.0% ± 25.0%'
+        """
+        return format(self.mean, form) + ("" if math.isnan(self.error) else f" ± {self.error:{form.removeprefix('+')}}")
+
     def chance(self) -> float | None:
         """P of Student's t-test that the mean is zero, two-sided; None of a single run."""
         if self.count < 2:
@@ -187,8 +195,7 @@ def told(mark: Mark | None, metric: str, sign: str = "") -> str:
     """A mark and its error in the unit of its metric."""
     if mark is None:
         return ""
-    unit = ".1%" if metric == "accuracy" else ".4g"
-    return f"{mark.mean:{sign}{unit}}" + ("" if math.isnan(mark.error) else f" ± {mark.error:{unit[:2]}{unit[-1]}}")
+    return format(mark, sign + (".1%" if metric == "accuracy" else ".4g"))
 
 
 def rows_of(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:

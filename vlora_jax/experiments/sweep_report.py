@@ -1,7 +1,6 @@
 """A sweep to look at: the plan, a table while it runs, and in the end a table, a page and a picture."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,8 +66,8 @@ def plain_table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def text_of(value: float | None, form: str) -> str:
-    """A number in its form; nothing if there is none."""
+def text_of(value: float | Mark | None, form: str) -> str:
+    """A number or a mean in its form; nothing if there is none."""
     return "" if value is None else format(value, form)
 
 
@@ -85,18 +84,11 @@ def cells_of(setting: Setting) -> tuple[str, ...]:
     mark = (best and best.standing.progress.best) or {}
     ends = [state_of(outcome.standing) for outcome in setting.outcomes]
     return (
-        setting.name, str(len(ends)), mark_text(setting.accuracy, ".2%"),
+        setting.name, str(len(ends)), text_of(setting.accuracy, ".2%"),
         text_of(setting.loss and setting.loss.mean, ".4f"), text_of(mark.get("accuracy"), ".2%"),
         text_of(mark.get("step"), "d"), f"{setting.outcomes[0].trained:,}",
         ", ".join(f"{ends.count(end)} {end}" if len(ends) > 1 else end for end in dict.fromkeys(ends)),
     )  # fmt: skip
-
-
-def mark_text(mark: Mark | None, form: str) -> str:
-    """A mean with its standard error, where there are several values."""
-    if mark is None:
-        return ""
-    return format(mark.mean, form) + ("" if math.isnan(mark.error) else f" ± {format(mark.error, form)}")
 
 
 def legend(metric: str, settings: Sequence[Setting]) -> str:
