@@ -278,6 +278,8 @@ BAD = {
     "batch": (["-t", "v5e:4x4", "data.batch=24"], "data.batch 24 cannot be split over 16 devices"),
     "mesh": (["-t", "v5e:4x4", "mesh.fsdp=6"], "mesh data 1 × fsdp 6 × tensor 1 does not multiply to the 16 devices"),
     "no length": (["-t", "h100:16", "data.length=null"], "data.length is null"),
+    "text of no program": (["-t", "h100:8", "data.batch=8", "--hlo", "x"], "--hlo x: GPUs are worked out by formulas"),
+    "text nowhere": (["-t", "v5e:4x4", "--hlo", "no/x"], "--hlo no/x must be a file in a directory that exists"),
     "model": (["-t", "v5e:4x4", "model.source=org/none"], "org/none: its config.json is not here"),
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vlora_jax.distributed.chips import CHIPS
+from vlora_jax.distributed.chips import CHIPS, Topology
 from vlora_jax.distributed.chips import topology as topology_of
 from vlora_jax.errors import ConfigError, VloraError
 from vlora_jax.planning.compiler import Compiler
@@ -65,6 +65,8 @@ def command(
         raise ConfigError(f"a plan is for a topology: --topology v5e:4x4, or another of {', '.join(CHIPS)}")
     run, slice_ = load_config(config, overrides or ()), topology_of(topology)
     check(run, slice_)
+    if save_text is not None:
+        check_text(save_text, slice_)
     file, console, progress = model_file(run, model, config), Console(), Console(stderr=True)
     notice = lambda line: progress.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     doing = {"tracing": "tracing the step", "compiling": f"compiling it for {slice_.name}: a minute or more"}
@@ -95,8 +97,18 @@ def command(
             console.print(screen(better, slice_, f"{title}, changed"), highlight=False)
         elif not found.fits:
             hint = (
-                f"none of {tried} single changes makes it fit; take more chips" if tried else "--search tries changes"
+                f"none of {tried} single changes makes it fit; take more chips"
+                if search_changes
+                else "--search tries changes"
             )
             console.print(hint, highlight=False, markup=False)
     if not found.fits:
         raise typer.Exit(TOO_LARGE)
+
+
+def check_text(file: Path, topology: Topology) -> None:
+    """Raises ConfigError if a program's text cannot be written to a file, before minutes are spent on it."""
+    if topology.chip.kind == "gpu":
+        raise ConfigError(f"--hlo {file}: GPUs are worked out by formulas, there is no program; leave it out")
+    if file.is_dir() or not file.parent.is_dir():
+        raise ConfigError(f"--hlo {file} must be a file in a directory that exists")
