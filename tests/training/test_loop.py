@@ -24,7 +24,7 @@ from vlora_jax.errors import (
 )
 from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.loop import Result, train
-from vlora_jax.training.results import ordinary, read_run, write_ordinary
+from vlora_jax.training.results import ordinary, read_run, write_adapter, write_ordinary
 from vlora_jax.training.runs import CHECKPOINTS, lock, read_metrics
 
 TINY = [
@@ -198,8 +198,6 @@ def test_a_file_is_no_run_and_is_there(finished):
 
 @pytest.mark.slow
 def test_data_that_changed_is_refused(finished, tmp_path, monkeypatch):
-    import dataclasses
-
     from vlora_jax.training import job
 
     other = tmp_path / "run"
@@ -311,6 +309,16 @@ def test_merged_parameters_compute_what_the_bound_adapter_computes(adapted, tmp_
     with pytest.raises(ConversionError, match="the merged model's logits are not finite"):
         write_ordinary(dataclasses.replace(trained, adapter=broken), tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+
+
+def test_an_adapter_that_was_made_elsewhere_cannot_be_trained_on(adapted, tmp_path):
+    """As `vlora-jax import` leaves it: no data, no optimiser."""
+    _, run, *_ = adapted
+    trained = read_run(run)
+    made = dataclasses.replace(trained, about={"source_step": trained.about["source_step"]})
+    written = write_adapter(made, tmp_path / "made", {"peft": "elsewhere"})
+    with pytest.raises(CheckpointError, match=r"made holds an adapter only: .*\. Merge it and start from that with"):
+        quiet(written.config)
 
 
 @pytest.mark.slow

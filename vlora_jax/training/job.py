@@ -253,12 +253,12 @@ class Job(Outline):
         """The state of a checkpoint.
 
         Raises:
-          CheckpointError: names, shapes or dtypes differ, or a value is not finite.
+          CheckpointError: the run was not trained here, names, shapes or dtypes differ, or a value is not finite.
         """
         if OPTIMIZER not in saved.trees:
-            raise CheckpointError(
-                f"{self.config.run_dir} holds parameters only: nothing to continue. Start from it with init_from"
-            )
+            model = self.config.adapter is None
+            what, way = ("parameters", "Start from it") if model else ("an adapter", "Merge it and start from that")
+            raise CheckpointError(f"{self.config.run_dir} holds {what} only: nothing to continue. {way} with init_from")
         read = lambda name, like: checkpoint.restore(like, saved.trees[name], f"checkpoint {saved.step}, {name}")
         key = jax.random.wrap_key_data(saved.trees[RNG]["key"])
         step = np.int32(saved.step)

@@ -156,8 +156,8 @@ class Trainer:
             say(f"{self.run} has no whole checkpoint yet: starting at step 0")
             return *job.start(), 0
         saved = checkpoint.read(self.run / CHECKPOINTS, newest, where=job.places())
-        job.check_data(saved)
         state = job.restored(saved)
+        job.check_data(saved)
         self.batches.restore(saved.metadata["data"])
         self.progress = Progress(**saved.metadata["progress"])
         self.fingerprint, self.source_step = saved.metadata["base_fingerprint"], saved.metadata["source_step"]
