@@ -110,6 +110,9 @@ def test_mistakes_are_one_line_and_exit_code_2(base, tmp_path, capsys):
         "does not name its base; give it with --base": ("import", peft, "--out", run),
         "no tensor changes the base": ("import", peft, "--out", run, "--base", folder),
         "is there already and not empty": ("import", peft, "--out", tmp_path / "used", "--base", folder),
+        "head: Input should be 'lm', 'sequence'": ("import", peft, "--out", run, "--base", folder, "--head", "ml"),
+        "classes: Input should be greater than 0": ("import", peft, "--out", run, "--base", folder, "--classes", 0),
+        "dtype: Input should be 'float32' or": ("import", peft, "--out", run, "--base", folder, "--dtype", "int8"),
         "adapter_config.json does not exist": ("import", tmp_path, "--out", run, "--base", folder),
     }
     for message, arguments in wrong.items():

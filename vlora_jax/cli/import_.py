@@ -46,7 +46,7 @@ def command(
     """
     told = head_of(adapter) if head is None else {"head": head}
     model = {"source": base or source_of(adapter), "untie": untie, "dtype": dtype, **told}
-    model["classes"] = classes or told.get("classes")
+    model["classes"] = told.get("classes") if classes is None else classes
     trained = import_adapter(adapter, out, model, tuple(overrides or ()), fresh=fresh, any_base=any_base)
     method = trained.config.adapter
     assert method is not None and trained.adapter is not None  # noqa: PT018  import_adapter makes an adapter run

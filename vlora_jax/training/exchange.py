@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import ValidationError
 
 from vlora_jax import checkpoint
 from vlora_jax.adapters.bind import apply
@@ -24,6 +25,7 @@ from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.models.vit import ViTConfig
 from vlora_jax.training.config import PretrainedConfig, RunConfig, load_config
 from vlora_jax.training.job import described, model_config_of, parameters
+from vlora_jax.training.reading import explain
 from vlora_jax.training.results import Trained, base_of, ordinary, write_adapter
 
 HEADS = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token", "CAUSAL_LM": "lm", "SEQ_2_SEQ_LM": "lm"}  # by PEFT's task_type
@@ -89,9 +91,14 @@ def read_adapter(
 
     Raises:
       AdapterFileError: see `read_peft`.
+      ConfigError: a field of the model section or an override is impossible.
       ConversionError: the adapter is several in one.
     """
-    start = load_config(None, overrides).model_copy(update={"model": PretrainedConfig(**model)})
+    try:
+        section = PretrainedConfig(**model)
+    except ValidationError as error:
+        raise ConfigError(explain(error, PretrainedConfig)) from None
+    start = load_config(None, overrides).model_copy(update={"model": section})
     shape = model_config_of(start)
     base = parameters(start, shape, make_mesh(devices=jax.devices()[:1]), None)
     adapters = read_peft(adapter, base, names_of_run(start), fresh=fresh, any_base=any_base)
@@ -109,7 +116,7 @@ def import_adapter(
     The arguments are those of `read_adapter`.
 
     Raises:
-      AdapterFileError, ConversionError: see `read_adapter`.
+      AdapterFileError, ConfigError, ConversionError: see `read_adapter`.
       ResourceError: the directory is not empty.
     """
     checkpoint.refuse_used(out)
