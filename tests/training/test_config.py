@@ -35,6 +35,7 @@ def mistake(*overrides: str, path: Path | None = None) -> str:
         ("model.vertical.sise=3", "unknown key 'model.vertical.sise'; nearest: 'model.vertical.size'"),
         ("digits=3", "unknown key 'digits'; nearest: 'init_from'"),
         ("data.digits=3", "unknown key 'data.digits'; nearest: 'data.turns'"),
+        ("model={family: pretrained, sorce: x}", "unknown key 'model.sorce'; nearest: 'model.source'"),
         ("adapter.method=lroa", "adapter: unknown method 'lroa'; nearest: 'lora'"),
         ("adapter.rnk=3", "adapter: lora has no option 'rnk'; nearest: 'rank'"),
         ("model.vertical.increment.method=lroa", "model.vertical.increment: unknown method 'lroa'; nearest: 'lora'"),

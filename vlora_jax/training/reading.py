@@ -119,7 +119,10 @@ def flat_keys(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def explain(error: ValidationError, section: type[BaseModel]) -> str:
     """A pydantic error about a section as one line: the first mistake, with the nearest valid key."""
-    first = error.errors()[0]
+    first, *others = error.errors()
+    if first["type"] == "missing":  # perhaps because it is misspelt
+        beside = lambda other: other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]
+        first = next(filter(beside, others), first)
     keys, found = located(section, first["loc"])
     key = ".".join(keys)
     if first["type"] == "extra_forbidden":
@@ -153,7 +156,7 @@ def located(annotation: Any, location: Sequence[str | int]) -> tuple[list[str], 
             keys.append(str(part))
             field = several[0].model_fields.get(str(part))
             annotation = several[0] if field is None else without_none(field.annotation)
-        elif kind in (dict, list):
+        elif kind in (dict, list) and part != "[key]":
             keys.append(str(part))
             annotation = without_none(inner[-1])
         elif isinstance(part, int):
