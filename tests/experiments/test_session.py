@@ -14,12 +14,12 @@ from vlora_jax.adapters.trees import flatten
 from vlora_jax.errors import BaseMismatchError, ResumeError
 from vlora_jax.experiments import outcomes
 from vlora_jax.experiments.joint import alone
-from vlora_jax.experiments.session import BEST, STATE, newest_step
+from vlora_jax.experiments.session import BEST, STATE
 from vlora_jax.experiments.sweep import Member, programs
 from vlora_jax.training.config import load_config
 from vlora_jax.training.loop import train
 from vlora_jax.training.results import read_run
-from vlora_jax.training.runs import CHECKPOINTS, read_metrics
+from vlora_jax.training.runs import CHECKPOINTS, newest_step, read_metrics
 
 ONE, THREE = jax.devices()[:1], jax.devices()[:3]
 UNLIKE = [  # rate, rank, scale, sites, clipping, decay, moments, schedule, length, patience: all in one program

@@ -15,13 +15,13 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.errors import NonFiniteError
 from vlora_jax.experiments.joint import alone
 from vlora_jax.experiments.report import Mark
-from vlora_jax.experiments.session import BEST, STATE, Session, Standing, newest_step, standings_of
+from vlora_jax.experiments.session import BEST, STATE, Session, Standing, standings_of
 from vlora_jax.experiments.sweep import Member, Program
 from vlora_jax.training import screens
 from vlora_jax.training.logs import draw_curve
 from vlora_jax.training.loop import CURVE
 from vlora_jax.training.progress import Progress, about
-from vlora_jax.training.runs import CHECKPOINTS, CONFIG, METRICS, read_config, read_metrics, write_whole
+from vlora_jax.training.runs import CHECKPOINTS, CONFIG, METRICS, newest_step, read_config, read_metrics, write_whole
 
 PROGRAMS, WINNER, MEMBERS = "programs", "winner", "members"  # in the directory of the results
 

@@ -22,7 +22,7 @@ from vlora_jax.experiments.joint import Joint, chosen, raw
 from vlora_jax.experiments.sweep import Program, drawn
 from vlora_jax.training.loss import means
 from vlora_jax.training.progress import HELD_OUT_FAULT, LIBRARIES, Progress, better, not_finite
-from vlora_jax.training.runs import CHECKPOINTS, METRICS, keep_metrics
+from vlora_jax.training.runs import CHECKPOINTS, METRICS, keep_metrics, newest_step
 from vlora_jax.training.step import TrainState
 
 STATE, BEST = "state", "best"  # trees of a checkpoint
@@ -62,13 +62,6 @@ def standings_of(folder: Path) -> list[Standing] | None:
     if newest is None:
         return None
     return [Standing.of(each) for each in checkpoint.metadata(folder / CHECKPOINTS, newest)["standings"]]
-
-
-def newest_step(folder: Path) -> int | None:
-    """The newest whole checkpoint of a program; None if there is none."""
-    steps = sorted((int(path.name) for path in (folder / CHECKPOINTS).glob("*") if path.name.isdigit()), reverse=True)
-    whole = (step for step in steps if checkpoint.fault_of(folder / CHECKPOINTS / str(step)) is None)
-    return next(whole, None)
 
 
 class Session:

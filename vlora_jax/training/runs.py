@@ -96,16 +96,22 @@ def best_step(run: Path) -> int:
     Raises:
       CheckpointError: there is none.
     """
-    directory, steps = run / CHECKPOINTS, steps_of(run)
-    whole = (step for step in reversed(steps) if checkpoint.fault_of(directory / str(step)) is None)
-    newest = next(whole, None)
+    directory, newest = run / CHECKPOINTS, newest_step(run)
     if newest is None:
         raise CheckpointError(f"{run} has no whole checkpoint" if run.is_dir() else f"{run} does not exist")
     best = (checkpoint.metadata(directory, newest)["best"] or {"step": newest})["step"]
     fault = checkpoint.fault_of(directory / str(best))
     if fault is not None:
-        raise CheckpointError(f"{run}: its best checkpoint, step {best}, is not usable: {fault}; there are {steps}")
+        raise CheckpointError(
+            f"{run}: its best checkpoint, step {best}, is not usable: {fault}; there are {steps_of(run)}"
+        )
     return best
+
+
+def newest_step(run: Path) -> int | None:
+    """The newest whole checkpoint of a run, or of a program of a sweep; None if there is none."""
+    whole = (step for step in reversed(steps_of(run)) if checkpoint.fault_of(run / CHECKPOINTS / str(step)) is None)
+    return next(whole, None)
 
 
 def steps_of(run: Path) -> list[int]:
