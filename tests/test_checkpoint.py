@@ -37,6 +37,15 @@ def test_what_was_saved_comes_back_with_its_metadata(saved):
     assert restored["h"].dtype == jnp.bfloat16
 
 
+def test_one_process_may_ask_for_metadata_by_itself(saved, monkeypatch):
+    """As the one does that decides which step a run starts from: an agreement inside one would never be answered."""
+    _, directory, _ = saved
+    monkeypatch.setattr(checkpoint.processes, "decided", lambda name, decide: pytest.fail(f"agrees on {name!r}"))
+    assert checkpoint.metadata(directory, 50)["note"] == 50
+    with pytest.raises(CheckpointError, match="is not usable: it does not exist"):
+        checkpoint.metadata(directory, 60)
+
+
 def test_the_newest_and_the_best_stay(saved):
     checkpoints, directory, _ = saved
     assert checkpoints.steps() == [20, 40, 50]

@@ -216,7 +216,8 @@ def read(directory: Path, step: int, names: tuple[str, ...] = (), where: Where |
     Raises:
       CheckpointError: it is missing or damaged.
     """
-    about, values = _about(directory, step)
+    path = directory.absolute() / str(step)
+    about, values = _about(path, processes.decided("whole checkpoint", lambda: fault_of(path)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = where or {}
     wanted = {
@@ -229,7 +230,7 @@ def read(directory: Path, step: int, names: tuple[str, ...] = (), where: Where |
         for name, tree in about.metadata.items()
         if name in names or not names
     }
-    trees = ocp.load_checkpointables(str(directory.absolute() / str(step)), wanted)
+    trees = ocp.load_checkpointables(str(path), wanted)
     return Saved(step, trees | {name: {} for name in values["empty"]}, values)
 
 
@@ -243,17 +244,16 @@ def fitting(sharding: Any, shape: tuple[int, ...], otherwise: Any) -> Any:
 
 
 def metadata(directory: Path, step: int) -> dict[str, Any]:
-    """What was saved beside a checkpoint's tensors.
+    """What was saved beside a checkpoint's tensors; unlike `read`, for one process of several to ask by itself.
 
     Raises:
       CheckpointError: it is missing or damaged.
     """
-    return _about(directory, step)[1]
-
-
-def _about(directory: Path, step: int) -> tuple[Any, dict[str, Any]]:
     path = directory.absolute() / str(step)
-    fault = processes.decided("whole checkpoint", lambda: fault_of(path))
+    return _about(path, fault_of(path))[1]
+
+
+def _about(path: Path, fault: str | None) -> tuple[Any, dict[str, Any]]:
     if fault is not None:
         raise CheckpointError(f"checkpoint {path} is not usable: {fault}")
     about = ocp.checkpointables_metadata(str(path))
