@@ -25,7 +25,7 @@ from vlora_jax.errors import (
 from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.loop import Result, train
 from vlora_jax.training.results import ordinary, read_run, write_adapter, write_ordinary
-from vlora_jax.training.runs import CHECKPOINTS, lock, read_metrics
+from vlora_jax.training.runs import CHECKPOINTS, lock, read_metrics, steps_of
 
 TINY = [
     "model.layers=2", "model.width=16", "model.heads=2", "model.mlp_width=16", "model.vertical.size=2",
@@ -333,6 +333,18 @@ def test_an_adapter_stands_on_the_base_it_was_trained_on_only(adapted, tmp_path)
         quiet(config(run, *LORA, f"init_from={other}"))
     with pytest.raises(BaseMismatchError, match="gives another base"):
         ordinary(read_run(run))
+
+
+def test_a_run_starts_from_the_step_that_it_records_while_the_other_goes_on(finished, tmp_path, monkeypatch):
+    from vlora_jax.training import job
+
+    base, *_ = finished
+    steps = iter(steps_of(base))
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "best_step", lambda run: next(steps))  # another one with each question
+        quiet(config(tmp_path / "run", *LORA, f"init_from={base}", "steps=1"))
+    assert next(steps, None) is not None, "asked once"
+    assert read_run(tmp_path / "run").missing == ""
 
 
 def test_an_adapter_run_cannot_be_the_start_of_another(adapted, tmp_path):

@@ -125,10 +125,7 @@ class Trainer:
         self.checkpoints = checkpoint.Checkpoints(self.run / CHECKPOINTS, config.checkpoint.keep, say)
         rows = local_rows(config.data.batch, job.mesh)
         self.batches = TrainBatches(job.data, config.data.batch, config.accumulate, config.seed, rows)
-        base, state, step = self.restore(say) if continued else (*job.start(), 0)
-        if step == 0:
-            self.source_step = job.source_step
-            self.fingerprint = checkpoint.fingerprint(base) if config.adapter is not None else None
+        base, state, step = self.restore(say) if continued else self.start()
         if processes.is_writer():
             keep_metrics(self.run, step)
         self.seconds_before = self.progress.seconds
@@ -149,12 +146,19 @@ class Trainer:
         self.checkpoints.close()
         return self.sum_up(state, step, stopped)
 
+    def start(self) -> tuple[Tree, TrainState, int]:
+        """The start, from one and the same step of `init_from`, which may be training still."""
+        self.source_step = self.job.source_step
+        base, state = self.job.start(self.job.parameters(self.source_step))
+        self.fingerprint = None if self.config.adapter is None else checkpoint.fingerprint(base)
+        return base, state, 0
+
     def restore(self, say: Callable[[str], None]) -> tuple[Tree, TrainState, int]:
         """The newest whole checkpoint's state, with data, progress and base checked; the start if there is none."""
         job, newest = self.job, self.checkpoints.newest_whole()
         if newest is None:
             say(f"{self.run} has no whole checkpoint yet: starting at step 0")
-            return *job.start(), 0
+            return self.start()
         saved = checkpoint.read(self.run / CHECKPOINTS, newest, where=job.places())
         state = job.restored(saved)
         job.check_data(saved)
