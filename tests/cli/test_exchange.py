@@ -5,9 +5,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import call
 from helpers import close, filled, mostly_slow, moved
+from safetensors.numpy import save_file
 
 import vlora_jax as vj
 from vlora_jax.hub.load import load_model
@@ -16,6 +18,7 @@ from vlora_jax.hub.peft_file import CONFIG, TENSORS
 from vlora_jax.hub.save import save
 from vlora_jax.models.build import abstract_model
 from vlora_jax.models.decoder import DecoderConfig
+from vlora_jax.training.exchange import head_of
 
 LLAMA = DecoderConfig(
     width=8, heads=2, kv_heads=1, mlp_width=12, norm="rms", activation="silu", gated=True, qkv_bias=False,
@@ -97,6 +100,16 @@ def test_for_servers_its_residual_is_printed_and_limited(imported, base, capsys)
     assert "layers/block/attn/q" in out
     (plain,) = read_peft(folder / "plain", base[1].base, base[1].names)
     assert (plain.method.name, plain.method.rank, plain.method.scale) == ("lora", 4, 1.0)
+
+
+def test_an_adapter_tells_the_classes_of_its_head_also_where_its_task_is_not_told(tmp_path):
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.score.weight": np.zeros((5, 8), np.float32)}, tmp_path / TENSORS)
+    assert head_of(tmp_path) == {"head": None}
+    assert head_of(tmp_path, "lm") == {"head": "lm"}
+    assert head_of(tmp_path, "sequence") == {"head": "sequence", "classes": 5}
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "task_type": "TOKEN_CLS"}')
+    assert head_of(tmp_path) == {"head": "token", "classes": 5}
 
 
 def test_mistakes_are_one_line_and_exit_code_2(base, tmp_path, capsys):

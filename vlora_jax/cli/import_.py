@@ -44,7 +44,7 @@ def command(
 
       vlora-jax inspect runs/imported
     """
-    told = head_of(adapter) if head is None else {"head": head}
+    told = head_of(adapter, head)
     model = {"source": base or source_of(adapter), "untie": untie, "dtype": dtype, **told}
     model["classes"] = told.get("classes") if classes is None else classes
     trained = import_adapter(adapter, out, model, tuple(overrides or ()), fresh=fresh, any_base=any_base)

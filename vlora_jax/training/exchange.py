@@ -63,10 +63,10 @@ def source_of(adapter: Path) -> str:
     return source
 
 
-def head_of(adapter: Path) -> dict[str, Any]:
-    """The head that a PEFT adapter was trained with, and its classes, where its files tell."""
-    head = HEADS.get(read_json(find(adapter)[0]).get("task_type") or "")
-    if head not in ("sequence", "token"):
+def head_of(adapter: Path, head: str | None = None) -> dict[str, Any]:
+    """The head that a PEFT adapter was trained with, if it is not given, and its classes, where its files tell."""
+    head = HEADS.get(str(read_json(find(adapter)[0]).get("task_type"))) if head is None else head
+    if head not in ("sequence", "token", "image"):
         return {"head": head}
     shapes = {name: tensor.shape for name, tensor in read_tensors(find(adapter)[1])[0].items()}
     classes = [shape[0] for name, shape in shapes.items() if CLASSIFIER.search(name)]
