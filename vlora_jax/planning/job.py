@@ -9,11 +9,10 @@ from vlora_jax.data.config import DatasetConfig
 from vlora_jax.data.shapes import Shapes, example_shapes
 from vlora_jax.distributed.mesh import check_batch
 from vlora_jax.distributed.specs import batch_sharding
-from vlora_jax.errors import ConfigError
 from vlora_jax.hub.architecture import architecture
 from vlora_jax.models.build import ModelConfig
 from vlora_jax.training.config import PretrainedConfig, RunConfig
-from vlora_jax.training.job import load_data, model_config_of, tasks_of
+from vlora_jax.training.job import check_task, load_data, model_config_of
 from vlora_jax.training.outline import Outline, bytes_of, outline
 
 
@@ -29,8 +28,7 @@ def planned(config: RunConfig, mesh: Mesh, model: Path | None = None) -> Outline
     check_batch(config.data.batch, mesh)
     chosen = model_of(config, model)
     task, shapes = batch_of(config, chosen)
-    if task not in tasks_of(chosen):
-        raise ConfigError(f"data {config.data.name} is for {task}, which model.family {chosen.family} cannot learn")
+    check_task(chosen, config.data.name, task)
     lead = (config.accumulate, config.data.batch)
     where = batch_sharding(mesh)
     batch = {

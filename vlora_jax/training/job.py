@@ -120,11 +120,16 @@ def tasks_of(model: ModelConfig) -> tuple[str, ...]:
     return heads.get(model.head, ())
 
 
+def check_task(model: ModelConfig, data: str, task: str) -> None:
+    """Raises ConfigError if the model cannot learn the task of a data set of this name."""
+    if task not in tasks_of(model):
+        raise ConfigError(f"data {data} is for {task}, which model.family {model.family} cannot learn")
+
+
 def check_fit(model: ModelConfig, data: DataSet, length: int | None) -> None:
     """Raises ConfigError if the model cannot read the data or cannot answer it."""
     facts = {key: value for key, value in data.facts.items() if hasattr(model, key)}
-    if data.task not in tasks_of(model):
-        raise ConfigError(f"data {data.name} is for {data.task}, which model.family {model.family} cannot learn")
+    check_task(model, data.name, data.task)
     wrong = [
         f"model.{key} {getattr(model, key)}, but the data has {value}"
         for key, value in facts.items()
