@@ -12,13 +12,14 @@ from helpers import close, filled, mostly_slow, moved
 from safetensors.numpy import save_file
 
 import vlora_jax as vj
+from vlora_jax.errors import ResourceError
 from vlora_jax.hub.load import load_model
 from vlora_jax.hub.peft import read_peft, write_peft
 from vlora_jax.hub.peft_file import CONFIG, TENSORS
 from vlora_jax.hub.save import save
 from vlora_jax.models.build import abstract_model
 from vlora_jax.models.decoder import DecoderConfig
-from vlora_jax.training.exchange import head_of
+from vlora_jax.training.exchange import export_adapter, head_of, write_merged
 
 LLAMA = DecoderConfig(
     width=8, heads=2, kv_heads=1, mlp_width=12, norm="rms", activation="silu", gated=True, qkv_bias=False,
@@ -83,6 +84,13 @@ def test_it_is_merged_into_a_model_of_transformers(imported, base, capsys):
     merged, model = load_model(folder / "merged", notify=lambda line: None), base[1]
     apply = jax.jit(functools.partial(vj.apply, model.graphdef))
     close(apply(merged.base, None, IDS), apply(model.base, adapter, IDS), 1e-5)
+
+
+def test_a_directory_in_use_is_refused_before_anything_is_computed(unchecked, tmp_path):
+    (tmp_path / "note").touch()
+    for write in (write_merged, export_adapter):
+        with pytest.raises(ResourceError, match="is there already and not empty"):
+            write(None, tmp_path)  # looks at no run
 
 
 def test_for_servers_its_residual_is_printed_and_limited(imported, base, capsys):

@@ -158,10 +158,10 @@ def test_a_directory_that_holds_anything_is_never_written(tmp_path):
     (tmp_path / "out").mkdir()
     save(tmp_path / "out", *model)  # empty: fine
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(ResourceError, match="is not an empty directory; nothing is overwritten"):
+    with pytest.raises(ResourceError, match="is there already and not empty"):
         save(tmp_path / "out", *model)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    with pytest.raises(ResourceError, match="nothing is overwritten"):
+    with pytest.raises(ResourceError, match="is there already and not empty"):
         save(tmp_path / "out" / "config.json", *model)
 
 

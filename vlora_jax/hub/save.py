@@ -16,6 +16,7 @@ from flax import nnx
 from safetensors import safe_open
 
 from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.checkpoint import refuse_used
 from vlora_jax.errors import ConfigError, ConversionError, ResourceError
 from vlora_jax.hub.configs import (
     ModelConfig,
@@ -211,8 +212,7 @@ def start(directory: Path, total: int) -> Path:
     Raises:
       ResourceError: that one is not empty, or there is no room.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ResourceError(f"{directory} exists and is not an empty directory; nothing is overwritten, give another")
+    refuse_used(directory)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -138,7 +138,9 @@ def export_adapter(
     Raises:
       ConversionError: the run has no adapter, its model has no names in transformers, or PEFT cannot express it.
       BaseMismatchError: the run's base cannot be found again.
+      ResourceError: the directory is not empty.
     """
+    checkpoint.refuse_used(out)
     if trained.adapter is None:
         raise ConversionError(f"{trained.run} trained its model, not an adapter; vlora-jax merge writes models")
     section, names = pretrained(trained.config), names_of_run(trained.config)
@@ -163,7 +165,9 @@ def write_merged(trained: Trained, out: Path) -> Merged:
     Raises:
       ConversionError: the adapter cannot be merged, or the merged logits are not finite.
       BaseMismatchError: the run's base cannot be found again.
+      ResourceError: the directory is not empty.
     """
+    checkpoint.refuse_used(out)
     section = pretrained(trained.config)
     graphdef, params = ordinary(trained)
     inputs = probe(trained.model)
