@@ -175,7 +175,7 @@ def test_methods_are_ordered_by_the_task_s_metric():
     found = report.lines(comparison("x", tasks=tasks), runs)
     assert [(line.method, line.mark.mean) for line in found] == [("lora", 0.5625), ("diagonal", 0.8125)]
     texts = report.cells_of(found[1])
-    assert (texts["loss"], texts["difference"], texts["forgetting"]) == ("0.8125 ± 0.0625", "+0.25 ± 0", "+0.25 ± 0")
+    assert (texts["loss"], texts["difference"], texts["forgetting"]) == ("0.8125 ± 0.0625", "+0.25 ± 0", "+0.250 ± 0.000")
 
 
 def test_the_frontier_is_what_none_beats_with_as_few():
@@ -217,7 +217,7 @@ def test_any_name_can_be_written_and_shown(tmp_path):
     found = report.lines(given, runs)
     write_reports(given, found, tmp_path / "README.md", None)
     text = (tmp_path / "README.md").read_text()
-    assert r"| lora@[qv]\|up | 10 |" in text
+    assert r"| lora@[qv]\|up | 75.0% ± 5.0% |" in text
     assert "](pareto_digits__all_.png)" in text
     assert (tmp_path / "pareto_digits__all_.png").exists()
     console = Console(file=io.StringIO(), width=200)
@@ -309,7 +309,7 @@ def test_one_run_is_not_called_beyond_noise():
     assert found[0].beyond_noise is None
     assert math.isnan(found[0].mark.error)
     page = report.markdown(comparison("x"), found)
-    assert "| diagonal | 10 | 0.001 | 1 | 90.0% | +40.0% | 2 |" in page
+    assert "| diagonal | 90.0% | +40.0% | 1 | 10 | 0.001 | 2 |" in page
     assert "2 are trained whole" in page
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.factorise import one_at_a_time, qr, svd
 from vlora_jax.adapters.method import Factors, LowRank, one_by_one
 from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.sites import Site
@@ -99,7 +100,8 @@ class DeepLoRA(LowRank):
             return Factors({"f2": jnp.zeros(shapes["f2"]), "f1": jax.random.normal(key, shapes["f1"])})
         draw = jax.nn.initializers.orthogonal(self.epsilon)
         keys = jax.random.split(key, self.depth)
-        return Factors({name: draw(key, shapes[name]) for name, key in zip(shapes, keys, strict=True)})
+        drawn = lambda name: one_at_a_time(lambda key: draw(key, shapes[name]))
+        return Factors({name: drawn(name)(key) for name, key in zip(shapes, keys, strict=True)})
 
     def product(self, factors: FactorDict, start: int = 0, end: int | None = None) -> Array:
         """Of the factors from place `start` to `end`."""
@@ -192,5 +194,5 @@ def _frames(wide: DeepLoRA, factors: FactorDict, gradients: FactorDict) -> tuple
 
 def _basis(gradient: Float[Array, "w side"], factor: Float[Array, "w side"], half: int) -> Float[Array, "side k"]:
     """An orthonormal basis of the gradient's leading directions and of those that the factor maps to its left ones."""
-    u, _, v = jnp.linalg.svd(gradient, full_matrices=False)
-    return jnp.linalg.qr(jnp.concatenate([v[:half].T, factor.T @ u[:, :half]], axis=1))[0]
+    u, _, v = svd(gradient)
+    return qr(jnp.concatenate([v[:half].T, factor.T @ u[:, :half]], axis=1))[0]

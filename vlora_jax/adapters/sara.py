@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.factorise import singular_values
 from vlora_jax.adapters.method import Factors, Method, one_by_one
 from vlora_jax.adapters.options import by_pattern, check_least, check_patterns, check_rank, check_type
 from vlora_jax.adapters.sites import Site, find_sites, select
@@ -75,7 +76,7 @@ class SARA(Triplets):
         """
         leaves, ranks = flatten(base), {}
         for site in select(find_sites(base) if sites is None else sites, self.targets, self.exclude):
-            spectrum = lambda kernel: jnp.linalg.svd(kernel.astype(jnp.float32), compute_uv=False)
+            spectrum = lambda kernel: singular_values(kernel.astype(jnp.float32))
             sigma = one_by_one(spectrum, len(site.stack))(site.read(leaves))
             ranks[f"^{re.escape(site.path)}$"] = int(self.count(sigma).max())
         return dataclasses.replace(self, rank_pattern=ranks)

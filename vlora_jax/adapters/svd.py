@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import FactorDict
+from vlora_jax.adapters.factorise import qr, svd
 from vlora_jax.adapters.method import Factors, Product
 from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.ranked import Ranked
@@ -28,7 +29,7 @@ def principal(kernel: Any, rank: int) -> tuple[Any, Any, Any]:
 def randomised(key: PRNGKeyArray, kernel: Float[Array, "in out"], rank: int, iterations: int) -> tuple:
     """`principal` in a random subspace after some iterations (arXiv 0909.4061, algorithms 4.4 and 5.1)."""
     width = min(rank + OVERSAMPLING, *kernel.shape)
-    basis = lambda columns: jnp.linalg.qr(columns)[0]
+    basis = lambda columns: qr(columns)[0]
     span = basis(kernel @ jax.random.normal(key, (kernel.shape[1], width)))
     span = jax.lax.fori_loop(0, iterations, lambda _, span: basis(kernel @ basis(kernel.T @ span)), span)
     p, sigma, q = principal(span.T @ kernel, rank)
@@ -56,8 +57,8 @@ def product_svd(left: Float[Array, "in r"], right: Float[Array, "r out"]) -> tup
 
     With left = Q R and rightᵀ = P S the product is Q (R Sᵀ) Pᵀ, and R Sᵀ is small.
     """
-    (q, r), (p, s) = jnp.linalg.qr(left), jnp.linalg.qr(right.T)
-    u, sigma, v = jnp.linalg.svd(jnp.matmul(r, s.T, precision=jax.lax.Precision.HIGHEST), full_matrices=False)
+    (q, r), (p, s) = qr(left), qr(right.T)
+    u, sigma, v = svd(jnp.matmul(r, s.T, precision=jax.lax.Precision.HIGHEST))
     return q @ u, sigma, v @ p.T
 
 

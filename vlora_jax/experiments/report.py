@@ -177,25 +177,20 @@ def frontier(found: Iterable[Line]) -> list[Line]:
 def cells_of(line: Line) -> dict[str, str]:
     """A line's texts by column."""
     failed = f", {line.failed} failed" if line.failed else ""
-    return {
+    form = ".1%" if line.metric == "accuracy" else ".4g"
+    told = lambda mark, form: "" if mark is None else format(mark, form)
+    return {  # what is compared stands first, where a phone shows it
         "method": line.method,
+        line.metric: told(line.mark, form),
+        "difference": told(line.difference, f"+{form}"),
+        "p": "" if line.chance is None else f"{line.chance:.3f}{' *' if line.beyond_noise else ''}",
+        "runs": f"{line.mark.count if line.mark else 0}{failed}",
         "numbers trained": f"{line.trained:,}",
         "bytes": "" if line.bytes is None else f"{line.bytes:,}",
         "rate": f"{line.rate:g}",
-        "runs": f"{line.mark.count if line.mark else 0}{failed}",
-        line.metric: told(line.mark, line.metric),
-        "difference": told(line.difference, line.metric, "+"),
-        "p": "" if line.chance is None else f"{line.chance:.3f}{' *' if line.beyond_noise else ''}",
-        "forgetting": told(line.forgetting, "loss", "+"),
+        "forgetting": told(line.forgetting, "+.3f"),
         "CPU seconds": f"{line.cpu_seconds:.0f}",
     }
-
-
-def told(mark: Mark | None, metric: str, sign: str = "") -> str:
-    """A mark and its error in the unit of its metric."""
-    if mark is None:
-        return ""
-    return format(mark, sign + (".1%" if metric == "accuracy" else ".4g"))
 
 
 def rows_of(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:

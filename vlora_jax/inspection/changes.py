@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.factorise import svd
 from vlora_jax.adapters.method import Method, one_by_one
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.svd import product_svd
@@ -137,7 +138,7 @@ def _product_svd(left: Array, right: Array) -> tuple:
 
 
 def _matrix_svd(delta: Array) -> tuple:
-    return tuple(jnp.linalg.svd(delta, full_matrices=False))
+    return svd(delta)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

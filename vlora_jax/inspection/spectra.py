@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.bind import child
+from vlora_jax.adapters.factorise import singular_values, triangle
 from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
@@ -100,9 +101,8 @@ def product_values(left: Float[Array, "in r"], right: Float[Array, "r out"]) -> 
 
     They are those of the small factor in `vlora_jax.adapters.svd.product_svd`.
     """
-    r = jnp.linalg.qr(left.astype(jnp.float32), mode="r")
-    s = jnp.linalg.qr(right.astype(jnp.float32).T, mode="r")
-    return jnp.linalg.svd(jnp.matmul(r, s.T, precision=jax.lax.Precision.HIGHEST), compute_uv=False)
+    r, s = triangle(left.astype(jnp.float32)), triangle(right.astype(jnp.float32).T)
+    return singular_values(jnp.matmul(r, s.T, precision=jax.lax.Precision.HIGHEST))
 
 
 def adapter_spectra(base: Tree | None, adapter: Adapter) -> dict[str, Spectrum]:
@@ -210,7 +210,7 @@ def _increments(vertical: Vertical, methods: tuple[Method, ...], kernels: Array,
 
 def matrix_values(delta: Float[Array, "in out"]) -> Float[Array, " k"]:
     """Singular values of a matrix, largest first."""
-    return jnp.linalg.svd(delta.astype(jnp.float32), compute_uv=False)
+    return singular_values(delta.astype(jnp.float32))
 
 
 @jax.jit
