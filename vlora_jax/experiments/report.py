@@ -183,7 +183,7 @@ def cells_of(line: Line) -> dict[str, str]:
         "method": line.method,
         line.metric: told(line.mark, form),
         "difference": told(line.difference, f"+{form}"),
-        "p": "" if line.chance is None else f"{line.chance:.3f}{' *' if line.beyond_noise else ''}",
+        "p": "" if line.chance is None else f"{probability(line.chance)}{' *' if line.beyond_noise else ''}",
         "runs": f"{line.mark.count if line.mark else 0}{failed}",
         "numbers trained": f"{line.trained:,}",
         "bytes": "" if line.bytes is None else f"{line.bytes:,}",
@@ -191,6 +191,14 @@ def cells_of(line: Line) -> dict[str, str]:
         "forgetting": told(line.forgetting, "+.3f"),
         "CPU seconds": f"{line.cpu_seconds:.0f}",
     }
+
+
+def probability(chance: float) -> str:
+    """
+    >>> probability(0.0214), probability(0.0004)
+    ('0.021', '< 0.001')
+    """
+    return f"{chance:.3f}" if chance >= 0.001 else "< 0.001"
 
 
 def rows_of(found: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
