@@ -194,7 +194,8 @@ def cells_of(line: Line) -> dict[str, str]:
 
 
 def probability(chance: float) -> str:
-    """
+    """A chance with three digits behind the point.
+
     >>> probability(0.0214), probability(0.0004)
     ('0.021', '< 0.001')
     """
