@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
-from vlora_jax.adapters.factorise import singular_values
+from vlora_jax.adapters.factorise import singular_values, svd
 from vlora_jax.adapters.method import Factors, Method, one_by_one
 from vlora_jax.adapters.options import by_pattern, check_least, check_patterns, check_rank, check_type
 from vlora_jax.adapters.sites import Site, find_sites, select
@@ -92,7 +92,7 @@ class SARA(Triplets):
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         check_rank(self.name, self.rank, site)
-        sigma = jnp.linalg.svd(values(self.name, kernel), compute_uv=False)
+        sigma = singular_values(values(self.name, kernel))
         key_a, key_b = jax.random.split(key)
         uniform = lambda key, shape, bound: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
         trainable = {
@@ -134,7 +134,7 @@ class MoSARA(SARA):
         check_rank(self.name, self.rank, site)
         if site.kind == "embed":
             raise ConfigError(f"mosara: {site.path} is an embedding, whose rows cannot be routed; exclude it")
-        p, sigma, q = jnp.linalg.svd(values(self.name, kernel), full_matrices=False)
+        p, sigma, q = svd(values(self.name, kernel))
         key_in, key_out = jax.random.split(key)
         trainable = {
             "values": jnp.broadcast_to(sigma[: self.rank], (self.experts, self.rank)),

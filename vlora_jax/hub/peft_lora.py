@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
+from vlora_jax.adapters.factorise import svd
 from vlora_jax.adapters.lora import LoRA
 from vlora_jax.adapters.merge import site_shift
 from vlora_jax.adapters.method import Method, one_by_one
@@ -111,7 +112,7 @@ def _factorise(
         pairs = [method.low_rank(kernel.shape, each) for method, each in zip(methods, own, strict=True)]
         if None in pairs:
             deltas = [method.delta(kernel, each) for method, each in zip(methods, own, strict=True)]
-            u, values, v = jnp.linalg.svd(functools.reduce(jnp.add, deltas), full_matrices=False)
+            u, values, v = svd(functools.reduce(jnp.add, deltas))
             return cut(u, values, v, limit)
         left = jnp.concatenate([pair[0] for pair in pairs if pair], axis=1)
         right = jnp.concatenate([pair[1] for pair in pairs if pair], axis=0)

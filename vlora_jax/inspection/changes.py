@@ -125,7 +125,7 @@ def changes(base: Tree | None, adapter: Adapter) -> Iterator[tuple[Part, Change]
     if not adapter.method.mergeable:
         raise ConversionError(f"{adapter.method.name} depends on the input: it has no ΔW that could be looked at")
     for part in parts(base, adapter):
-        found = part.each(_product_svd, _matrix_svd)
+        found = part.each(_product_svd, svd)
         if found is None:
             raise ConversionError(
                 f"{part.site.path}: {part.method.name} has no factors, so its ΔW needs the base, which is not at hand"
@@ -135,10 +135,6 @@ def changes(base: Tree | None, adapter: Adapter) -> Iterator[tuple[Part, Change]
 
 def _product_svd(left: Array, right: Array) -> tuple:
     return product_svd(left.astype(jnp.float32), right.astype(jnp.float32))
-
-
-def _matrix_svd(delta: Array) -> tuple:
-    return svd(delta)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.factorise import svd
 from vlora_jax.adapters.lora import LoRA
 from vlora_jax.adapters.svd import product_svd
 from vlora_jax.adapters.trees import Tree
@@ -148,8 +149,8 @@ def _each(base: Tree, adapter: Adapter, top: int, epsilon: float) -> Iterator[tu
 def _compared(top: int, kernels: Float[Array, "layers in out"], change: Change) -> _Leading:
     def one(layer: tuple[Array, Change]) -> _Leading:
         kernel, change = layer[0].astype(jnp.float32), layer[1]
-        p, _, q = jnp.linalg.svd(kernel, full_matrices=False)
-        u, values, v = jnp.linalg.svd(kernel + (change.u * change.values) @ change.v, full_matrices=False)
+        p, _, q = svd(kernel)
+        u, values, v = svd(kernel + (change.u * change.values) @ change.v)
         u, v = u[:, :top], v[:top]
         return _Leading(u, values[:top], v, jnp.abs(v @ q.T).max(1), jnp.abs(u.T @ p).max(1))
 
