@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vlora_jax.cli.looks import ALSO, known_tables, notes_of, report_of, sheets_of, title_of
-from vlora_jax.cli.merge import refuse
-from vlora_jax.cli.shown import AsCsv, AsJson, Layers, Top, Where, check_form, show
+from vlora_jax.cli.shown import AsCsv, AsJson, Layers, Top, Where, check_form, refuse, show
 from vlora_jax.cli.specs import show_specs
 from vlora_jax.inspection.sheets import arranged
 from vlora_jax.inspection.tables import LEADING

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vlora_jax.adapters.adapter import count
 from vlora_jax.cli.export import residual_table
+from vlora_jax.cli.shown import refuse
 from vlora_jax.errors import ConfigError
 from vlora_jax.inspection.intruders import ReducedRow
 from vlora_jax.training.config import PretrainedConfig
@@ -142,13 +143,6 @@ def sentence(rows: Sequence[ReducedRow], keep: float) -> str:
         f"{count:,} in {len(some)} of {len(rows)} kernels, scaled to {keep:.0%}; cut back to the rank, a change loses "
         f"{worst:.2g} of its norm at most"
     )
-
-
-def refuse(options: dict[str, Any], without: str) -> None:
-    """Raises ConfigError if one of the options is given, which need something else to be given as well."""
-    given = next((name for name, value in options.items() if value is not None), None)
-    if given is not None:
-        raise ConfigError(f"{given} is for {without}")
 
 
 def write_model(trained: Trained, out: Path, what: str) -> Table:

@@ -69,6 +69,13 @@ def show(
             console.print(f"nothing in {', '.join(sheet.key for sheet in sheets)}", style="yellow")
 
 
+def refuse(options: dict[str, Any], without: str) -> None:
+    """Raises ConfigError if one of the options is given, which need something else to be given as well."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(f"{given} is for {without}")
+
+
 def check_form(as_json: bool, as_csv: bool) -> None:
     """Raises ConfigError if both JSON and CSV are wanted."""
     if as_json and as_csv:
