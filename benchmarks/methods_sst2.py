@@ -62,7 +62,7 @@ def claims(found: list[report.Line]) -> Table:
         line, lora = by_place.get((claim.task, claim.method)), by_place.get((claim.task, "lora"))
         if line is None or lora is None or line.difference is None:
             continue
-        chance = "" if line.chance is None else f"{line.chance:.3f}"
+        chance = "" if line.chance is None else report.probability(line.chance)
         ratio = f"{line.trained / lora.trained:.3f}"
         shown.add_row(claim.method, claim.task, claim.says, ratio, f"{line.difference:+.1%}", chance, outcome(line))
     return shown

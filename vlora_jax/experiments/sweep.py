@@ -133,7 +133,7 @@ def members(sweep: SweepConfig) -> list[Member]:
     for number, combination in enumerate(itertools.product(*sweep.grid.values())):
         values = dict(zip(sweep.grid, combination, strict=True))
         changes = [change.replace("{seed}", str(values.get(SEED))) for change in sweep.set]
-        changes += [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]  # YAML has dates
+        changes += [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
         try:
             config = load_config(None if sweep.config is None else Path(sweep.config), changes)
         except VloraError as error:
