@@ -28,6 +28,7 @@ from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.miss import MiSS
 from vlora_jax.adapters.olora import OLoRA
 from vlora_jax.adapters.pissa import PiSSA
+from vlora_jax.adapters.quantize import quantize
 from vlora_jax.adapters.randlora import RandLoRA
 from vlora_jax.adapters.sara import SARA, MoSARA
 from vlora_jax.adapters.selective import Selective
@@ -106,6 +107,7 @@ __all__ = [
     "merge",
     "negate",
     "partition",
+    "quantize",
     "read_peft",
     "residuals",
     "scale",

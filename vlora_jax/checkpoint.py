@@ -332,7 +332,7 @@ def fingerprint(tree: Tree) -> str:
     """A short hash of names, shapes, dtypes and values of a parameter tree, the same on any mesh."""
     sums = _checksums(tree)
     text = [f"{path} {leaf.shape} {leaf.dtype}" for path, leaf in flatten(tree).items()]
-    values = [int(value) for value in jax.device_get(list(flatten(sums).values()))]
+    values = [int(value) for value in jax.device_get(jax.tree.leaves(sums))]
     return hashlib.sha256(json.dumps([text, values]).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from vlora_jax.adapters.quantized import is_quantized
 from vlora_jax.adapters.sites import Site, role
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.errors import ConfigError, TargetError
@@ -199,5 +200,5 @@ def combine(*trees: Tree) -> Tree:
 
 def count(tree: Tree) -> int:
     """Numbers in a pytree; of an adapter, the trainable ones."""
-    leaves = jax.tree.leaves(tree.trainable if is_adapter(tree) else tree)
+    leaves = jax.tree.leaves(tree.trainable if is_adapter(tree) else tree, is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)

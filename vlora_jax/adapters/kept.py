@@ -17,8 +17,8 @@ REPEATED = frozenset(
     """
     abs add and broadcast_in_dim clamp concatenate convert_element_type copy cos div eq erf erf_inv erfc exp exp2
     expand_dims expm1 ge gt integer_pow iota le log log1p logistic lt max min mul ne neg not optimization_barrier or pad
-    pow reduce_precision reshape rsqrt select_n sign sin slice split sqrt square squeeze stop_gradient sub tanh
-    transpose
+    pow reduce_precision reshape rsqrt select_n shift_right_logical sign sin slice split sqrt square squeeze
+    stop_gradient sub tanh transpose
     """.split()  # noqa: SIM905  a list literal would take a line a word
 )
 
@@ -32,6 +32,8 @@ def keeps(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
     """A policy for `jax.checkpoint`: keep all but the results of elementwise steps that no one has named."""
     if primitive.name == "name":
         return parameters["name"] == KEPT
+    if primitive.name == "sharding_constraint" and len(arguments[0].shape) == 2:
+        return False  # a layer's quantised kernel, gathered: kept, it would be there for all layers on every device
     return primitive.name not in REPEATED
 
 

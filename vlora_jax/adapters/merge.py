@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from vlora_jax.adapters.adapter import Adapter, whole_values
 from vlora_jax.adapters.method import one_by_one, over_stack
+from vlora_jax.adapters.quantized import is_quantized
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
 from vlora_jax.errors import BaseMismatchError, ConversionError, expect
@@ -42,7 +43,8 @@ def merge(base: Tree, *adapters: Adapter) -> Tree:
     """Ordinary parameters that compute what `base` with the adapters bound computes.
 
     Changes are added in float32 and cast once to the kernel's dtype. `base` stays as it is, so undoing a merge
-    is using it again.
+    is using it again. A quantised base is merged by the values that its codes stand for, and no kernel is quantised
+    again.
 
     Raises:
       ConversionError: a method depends on the input, it changes the bias of a layer that has none, or the model is
@@ -66,6 +68,7 @@ def merge(base: Tree, *adapters: Adapter) -> Tree:
     if missing:
         raise BaseMismatchError(f"the adapter changes {missing}, which this base does not have")
     merged = whole_values(adapters, leaves)
+    merged |= {path: leaf.values() for path, leaf in leaves.items() if is_quantized(leaf) and path not in merged}
     leaves |= merged
     for path, site in {site.leaf_path: site for adapter in adapters for site in adapter.sites}.items():
         here = [(adapter, each) for adapter in adapters for each in adapter.sites if each.leaf_path == path]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from vlora_jax.adapters.quantized import whole
 from vlora_jax.adapters.trees import Tree, matching, variables
 from vlora_jax.errors import BaseMismatchError, ConversionError, TargetError
 
@@ -25,6 +26,7 @@ MLP = re.compile(
     r"(^|/)([^/]*(mlp|ffn|feed_?forward)[^/]*/|(fc_?\d|linear_?\d|wi(_\d)?|up|down|gate)(_proj)?$)", re.IGNORECASE
 )
 HEAD = re.compile(r"(^|/)([^/]*_head|head|classifier|logits|score)$", re.IGNORECASE)
+CLOSING = re.compile(r"(^|/)(o|down|out|proj|fc2|wo|(o|down|out)_proj)$")
 LEAVES = ("kernel", "embedding")
 NUMBERED = re.compile(r"((?:^|/)(?:[^/]*_)?)(\d+)(?=/)")  # `layers/3/`, `block_3/`
 
@@ -83,11 +85,17 @@ class Site:
         return math.prod(self.out_shape)
 
     @property
+    def closing(self) -> bool:
+        """Whether its layer ends a residual branch, or is an embedding: its outputs are as wide as the model."""
+        return self.kind == "embed" or bool(CLOSING.search(self.path))
+
+    @property
     def layers(self) -> int:
         return math.prod(self.stack)
 
     def matrix(self, kernel: Array) -> Array:
         """A stored kernel as `(*stack, in, out)`; without the layer axes if it was sliced inside a scan."""
+        kernel = whole(kernel)
         stack = kernel.ndim - len(self.shape)
         if stack:
             sources = tuple(range(self.stack_axis, self.stack_axis + stack))

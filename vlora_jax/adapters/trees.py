@@ -7,25 +7,25 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vlora_jax.adapters.quantized import is_quantized
 from vlora_jax.errors import CheckpointError, TargetError, nearest
 
 Tree = Any
 
 
 def path_of(key_path: tuple) -> str:
-    """The path of a leaf as text; the `.value` that NNX appends for a Variable is left out."""
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
+    """The path of a leaf as text; the `.value` that NNX puts in for a Variable is left out."""
+    key_path = tuple(key for key in key_path if key != jax.tree_util.GetAttrKey("value"))
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Leaves of any pytree keyed by their path.
+    """Leaves of any pytree keyed by their path; a quantised kernel is one leaf.
 
     >>> flatten({"layers": {"kernel": 1, "bias": 2}})
     {'layers/bias': 2, 'layers/kernel': 1}
     """
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_quantized)[0]}
 
 
 def unflatten(template: Tree, flat: Mapping[str, Any], what: str = "tree") -> Tree:
@@ -42,7 +42,7 @@ def unflatten(template: Tree, flat: Mapping[str, Any], what: str = "tree") -> Tr
             f"{what}: {len(missing)} leaves missing {missing[:3]}, {len(unexpected)} unexpected "
             f"{unexpected[:3]}; nearest names: {', '.join(hints)}"
         )
-    return jax.tree.unflatten(jax.tree.structure(template), [flat[p] for p in paths])
+    return jax.tree.unflatten(jax.tree.structure(template, is_quantized), [flat[p] for p in paths])
 
 
 def replace_leaves(tree: Tree, values: Mapping[str, Any]) -> Tree:
@@ -54,8 +54,8 @@ def replace_leaves(tree: Tree, values: Mapping[str, Any]) -> Tree:
 
 def variables(tree: Tree) -> dict[str, Any]:
     """Like `flatten`, but an NNX Variable stays whole, so that its metadata can be read."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
+    whole = lambda node: isinstance(node, nnx.Variable) or is_quantized(node)
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=whole)[0]
     return {path_of(path): leaf for path, leaf in leaves}
 
 

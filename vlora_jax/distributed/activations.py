@@ -8,6 +8,7 @@ length, and so are the norms: what the devices of `tensor` would each hold and c
 4.2.2). A branch begins with gathering and ends with a sum of which each device receives its part.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import PartitionSpec as P
 
+from vlora_jax.adapters.quantized import Quantized
 from vlora_jax.distributed.mesh import BATCH_AXES
 from vlora_jax.distributed.within import automatic, batch_axes, batch_ways
 
@@ -71,6 +73,23 @@ def looked_up(x: A) -> A:
     if applies(x) and x.shape[-1] % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0:
         x = jax.lax.with_sharding_constraint(x, P("data", None, "fsdp"))
     return by_row(x)
+
+
+def gathered(kernel: Quantized) -> Quantized:
+    """One layer's quantised kernel on every device of `fsdp`; over `tensor` it stays split.
+
+    XLA would decode what each device has and gather the values: of bfloat16 four times the bytes of NF4's codes.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if sizes.get("fsdp", 1) == 1 or not automatic():
+        return kernel
+    axis = 0 if kernel.closing else 1  # which of inputs and outputs lies over `tensor`
+
+    def lie(part: A) -> A:
+        fits = kernel.grain[axis] % sizes["tensor"] == 0 == part.shape[axis] % sizes["tensor"]
+        return jax.lax.with_sharding_constraint(part, P(*(None,) * axis, "tensor") if fits else P())
+
+    return dataclasses.replace(kernel, codes=lie(kernel.codes), scale=lie(kernel.scale))
 
 
 def constrained(x: A) -> A:

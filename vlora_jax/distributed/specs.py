@@ -5,8 +5,8 @@ round, so that a branch needs one reduction. Adapters follow their kernel but le
 and gathering them would cost more than it saves. Ranks and layer axes are never split.
 """
 
+import dataclasses
 import math
-import re
 from typing import Any
 
 import jax
@@ -15,11 +15,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.quantized import grain, is_quantized
 from vlora_jax.adapters.sites import Site, find_sites
 from vlora_jax.adapters.trees import Tree, flatten, unflatten
 from vlora_jax.distributed.mesh import BATCH_AXES
-
-CLOSING = re.compile(r"(^|/)(o|down|out|proj|fc2|wo|(o|down|out)_proj)$")
 
 
 def fit(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
@@ -29,8 +28,7 @@ def fit(size: int, axis: str | None, mesh: Mesh | AbstractMesh) -> str | None:
 
 def site_axes(site: Site) -> tuple[str, str]:
     """Mesh axes of a site's inputs and outputs."""
-    closing = site.kind == "embed" or bool(CLOSING.search(site.path))
-    return ("tensor", "fsdp") if closing else ("fsdp", "tensor")
+    return ("tensor", "fsdp") if site.closing else ("fsdp", "tensor")
 
 
 def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
@@ -42,10 +40,18 @@ def kernel_spec(site: Site, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
     return P(*parts)
 
 
+def leaf_spec(site: Site, leaf: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """`kernel_spec` of a stored kernel; of a quantised one its codes' and scales', blocks of inputs kept together."""
+    if not is_quantized(leaf):
+        return kernel_spec(site, leaf.shape, mesh)
+    codes, scale = (kernel_spec(site, shape, mesh) for shape in (leaf.grain, leaf.scale.shape))
+    return dataclasses.replace(leaf, codes=codes, scale=scale)
+
+
 def undivided(base: Tree, mesh: Mesh | AbstractMesh) -> list[str]:
     """What is replicated along a mesh axis because it does not divide: a line for each such axis."""
     found: dict[str, list[str]] = {}
-    shapes = {path: leaf.shape for path, leaf in flatten(base).items()}
+    shapes = {path: grain(leaf) for path, leaf in flatten(base).items()}
     for site in find_sites(base):
         shape = shapes[site.leaf_path][-len(site.shape) :]
         for axis, name in zip((site.inputs[0], site.outputs[0]), site_axes(site), strict=True):
@@ -61,7 +67,7 @@ def base_specs(base: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Specs for a model's parameters; what is no kernel is replicated."""
     sites = {site.leaf_path: site for site in find_sites(base)}
     flat = {
-        path: kernel_spec(sites[path], leaf.shape, mesh) if path in sites else P()
+        path: leaf_spec(sites[path], leaf, mesh) if path in sites else P()
         for path, leaf in flatten(base).items()
     }
     return unflatten(base, flat)
@@ -105,6 +111,11 @@ def shardings(specs: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays `(micro-batches, examples, …)`."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def stored_bytes(tree: Tree) -> int:
+    """Bytes of a tree, wherever they are."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: Tree, specs: Tree, mesh: Mesh | AbstractMesh) -> int:

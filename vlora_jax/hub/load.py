@@ -1,6 +1,7 @@
 """Load a model of transformers: its config, then its tensors straight onto the mesh, group by group."""
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -16,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
+from vlora_jax.adapters.quantize import quantized_shapes
+from vlora_jax.adapters.quantized import Form, Quantized, encode, is_quantized
 from vlora_jax.adapters.sites import split
 from vlora_jax.adapters.trees import Tree, flatten, unflatten
 from vlora_jax.distributed.mesh import make_mesh
@@ -68,6 +71,7 @@ def load(
     classes: int | None = None,
     untie: bool = False,
     remat: str = "none",
+    quantize: Form | None = None,
     key: PRNGKeyArray | None = None,
     ignore: Sequence[str] = (),
     notify: Callable[[str], None] = print,
@@ -82,6 +86,8 @@ def load(
       classes: of a sequence, token or image head, if not those of the files.
       untie: give the head a kernel of its own where it is the embedding; it starts as a copy.
       remat: what the backward pass computes again; see `Stack`.
+      quantize: `"int8"` or `"nf4"`: hold the layers' kernels so, see `vlora_jax.quantize`; one kernel at a time is in
+        memory as it was stored.
       key: draws a head that the files do not have; key 0 if not given.
       ignore: keys of `config.json` to be read as if they were absent.
       notify: told, in a line each, what was drawn afresh and what was left out.
@@ -91,9 +97,8 @@ def load(
       ModelFileError: files are missing, damaged or unsafe, tensors are missing, unexpected, of another shape, or
         hold values that are not finite.
     """
-    loaded = load_model(
-        where, mesh, dtype, head, classes=classes, untie=untie, remat=remat, key=key, ignore=ignore, notify=notify
-    )
+    chosen: dict[str, Any] = {"classes": classes, "untie": untie, "remat": remat, "ignore": ignore}
+    loaded = load_model(where, mesh, dtype, head, quantize=quantize, key=key, notify=notify, **chosen)
     return loaded.graphdef, loaded.base
 
 
@@ -106,6 +111,7 @@ def load_model(
     classes: int | None = None,
     untie: bool = False,
     remat: str = "none",
+    quantize: Form | None = None,
     key: PRNGKeyArray | None = None,
     ignore: Sequence[str] = (),
     notify: Callable[[str], None] = print,
@@ -115,9 +121,14 @@ def load_model(
     store, names, done, shapes = found.store, found.names, found.plan, flatten(found.shapes)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     places = flatten(shardings(base_specs(found.shapes, mesh), mesh))
-    values: dict[str, Array] = {}
+    held = quantized_shapes(found.shapes, quantize)
+    held_places = flatten(shardings(base_specs(held, mesh), mesh))
+    values: dict[str, Any] = {}
     for group in groups(done.reads):
         values |= read_group(store, names, group, shapes, places, mesh)
+        for path in (read.path for read in group if is_quantized(held_places[read.path])):
+            values[path] = _encoded(values[path], held_places[path])
+        give_back_memory()
     check_copies(store, done, values, names, places)
     if done.fresh:
         values |= draw(found.config, done.fresh, key, places)
@@ -315,6 +326,15 @@ def _moved(array: Array, there: NamedSharding) -> Array:
     if array.sharding.is_equivalent_to(there, array.ndim):
         return array
     return jax.jit(lambda array: array, out_shardings=there)(array)
+
+
+def _encoded(kernel: Array, there: Quantized) -> Quantized:
+    """A kernel in the form that `there` has, with its parts where that says; the kernel's memory is free then."""
+    encode_so = functools.partial(encode, form=there.form, closing=there.closing)
+    encoded = jax.jit(encode_so, out_shardings=there)(kernel)
+    jax.block_until_ready(encoded)
+    kernel.delete()
+    return encoded
 
 
 def check_copies(store: Store, done: Plan, values: dict[str, Array], names: Names, places: dict[str, Any]) -> None:

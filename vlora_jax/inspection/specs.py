@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.adapters.trees import Tree, path_of
 from vlora_jax.distributed.specs import bytes_per_device, is_spec
 
 
@@ -37,9 +37,9 @@ def spec_rows(parts: Mapping[str, tuple[Tree, Tree]], mesh: Mesh | AbstractMesh)
     """
     rows = []
     for part, (tree, specs) in parts.items():
-        paired = zip(flatten(tree).items(), jax.tree.leaves(specs, is_leaf=is_spec), strict=True)
-        for (path, leaf), spec in paired:
+        stored = jax.tree_util.tree_flatten_with_path(tree)[0]  # of a quantised kernel, its codes and its scales
+        for (path, leaf), spec in zip(stored, jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
             held = bytes_per_device(leaf, spec, mesh)
             split = tuple(spec) if any(axis is not None for axis in spec) else ()
-            rows.append(SpecRow(part, path, tuple(leaf.shape), str(leaf.dtype), split, held))
+            rows.append(SpecRow(part, path_of(path), tuple(leaf.shape), str(leaf.dtype), split, held))
     return rows

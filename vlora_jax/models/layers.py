@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from vlora_jax.adapters.kept import keep
-from vlora_jax.distributed.activations import along, between, by_row
+from vlora_jax.adapters.quantized import Quantized, is_quantized
+from vlora_jax.distributed.activations import along, between, by_row, gathered
 from vlora_jax.models.attention import attention
 from vlora_jax.models.blocks import Mask, heads_first
 from vlora_jax.models.elementwise import GATED, PLAIN, light, normalised
@@ -114,8 +115,19 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: Float[Array, "*batch in"], out_sharding: Any = None) -> Float[Array, "*batch out"]:
-        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        flat, stored = inputs.reshape(-1, inputs.shape[-1]), self.kernel.get_value()
+        if is_quantized(stored):
+            flat = self._decoded(flat, stored)
+        else:
+            flat = super().__call__(flat, out_sharding)
         return flat.reshape(*inputs.shape[:-1], self.out_features)
+
+
+    def _decoded(self, flat: Float[Array, "tokens in"], stored: Quantized) -> Float[Array, "tokens out"]:
+        bias = None if self.bias is None else self.bias.get_value()
+        flat, kernel, bias = self.promote_dtype((flat, gathered(stored).values(), bias), dtype=self.dtype)
+        y = flat @ kernel
+        return y if bias is None else y + bias
 
 
 def linear(

@@ -8,6 +8,7 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.adapters.sites import find_sites
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.distributed.chips import Chip
+from vlora_jax.distributed.specs import stored_bytes
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.planning.job import lasting_bytes
@@ -33,8 +34,8 @@ def estimate(shapes: Outline, chip: Chip) -> dict[str, Any]:
     tokens, size = rows[0] * rows[1] // (data * fsdp), 2 if model.dtype == "bfloat16" else 4
     kernels = {site.leaf_path: site for site in find_sites(shapes.whole())}
     leaves = {path: leaf for path, leaf in flatten(shapes.whole()).items() if path in kernels}
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) // tensor
-    layer = sum(leaf.size * leaf.dtype.itemsize // leaf.shape[0] for leaf in leaves.values() if leaf.ndim > 2) // tensor
+    whole = sum(map(stored_bytes, leaves.values())) // tensor
+    layer = sum(stored_bytes(leaf) // leaf.shape[0] for leaf in leaves.values() if leaf.ndim > 2) // tensor
     outputs = sum(site.out_dim for site in kernels.values() if site.stack) // tensor
     between = model.width // (tensor if shapes.config.mesh.sequence else 1)
     kept = {"full": 0, "nested": 0, "dots": outputs, "none": 2 * outputs}[model.remat] + between

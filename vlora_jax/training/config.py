@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from vlora_jax.adapters.quantized import Form
 from vlora_jax.data.config import DatasetConfig
 from vlora_jax.distributed.mesh import AXES
 from vlora_jax.errors import ConfigError
@@ -181,6 +182,9 @@ class RunConfig(Section):
     )
     adapter: MethodField | None = Field(
         default=None, description="train this on the frozen model; null: train the model"
+    )
+    quantize: Form | None = Field(
+        default=None, description="hold the kernels of the frozen layers in 8 or 4 bits (QLoRA, arXiv 2305.14314)"
     )
     data: DataConfig = DigitsConfig()
     steps: PositiveInt = 500

@@ -1,6 +1,7 @@
 """From a config to something that can be trained: first as shapes that take no memory, then as arrays."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from jaxtyping import PRNGKeyArray
 from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
+from vlora_jax.adapters.quantize import quantize, quantized_shapes
+from vlora_jax.adapters.quantized import Form
 from vlora_jax.adapters.sites import split
 from vlora_jax.adapters.trees import Tree, flatten, unflatten
 from vlora_jax.data import digits, low_rank, pystdlib, text
@@ -24,10 +27,7 @@ from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed import processes
 from vlora_jax.distributed.mesh import check_batch, make_mesh
 from vlora_jax.distributed.rows import global_batch
-from vlora_jax.distributed.specs import (
-    base_specs,
-    batch_sharding,
-)
+from vlora_jax.distributed.specs import base_specs, batch_sharding, shardings
 from vlora_jax.errors import CheckpointError, ConfigError, ResumeError
 from vlora_jax.hub.load import Described, describe, load_model
 from vlora_jax.models.build import ModelConfig, abstract_model, build
@@ -309,18 +309,31 @@ def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh, source_step: i
     """A run's parameters before it trains; see `Job.parameters`."""
     shapes = abstract_model(model)[1]
     shapes = placed(shapes, base_specs(shapes, mesh), mesh)
+    if isinstance(config.model, PretrainedConfig):
+        return pretrained_parameters(config.model, mesh, keys(config.seed)[0], config.quantize)
+    read = whole_parameters(config, model, shapes, source_step)
+    if config.quantize is None:
+        return read
+    held = quantized_shapes(shapes, config.quantize)
+    where = shardings(base_specs(held, mesh), mesh)
+    return jax.jit(functools.partial(quantize, form=config.quantize), out_shardings=where, donate_argnums=0)(read)
+
+
+def pretrained_parameters(section: PretrainedConfig, mesh: Mesh, key: PRNGKeyArray, form: Form | None) -> Tree:
+    """Parameters from the files of transformers; `key` draws a new head."""
+    silent = lambda line: None
+    options = section.options() | {"quantize": form}
+    return load_model(section.source, mesh, section.dtype, section.head, key=key, notify=silent, **options).base
+
+
+def whole_parameters(config: RunConfig, model: ModelConfig, shapes: Tree, source_step: int | None) -> Tree:
+    """Parameters of `init_from`, or drawn, before they are quantised."""
     if config.init_from is not None:
         source = Path(config.init_from)
         step = processes.decided("init_from", lambda: best_step(source)) if source_step is None else source_step
         where = {TRAINABLE: {path: leaf.sharding for path, leaf in flatten(shapes).items()}}
         saved = checkpoint.read(source / CHECKPOINTS, step, (TRAINABLE,), where)
         return checkpoint.restore(shapes, saved.trees[TRAINABLE], f"{source}, checkpoint {step}")
-    if isinstance(config.model, PretrainedConfig):
-        section, key = config.model, keys(config.seed)[0]
-        silent = lambda line: None
-        return load_model(
-            section.source, mesh, section.dtype, section.head, key=key, notify=silent, **section.options()
-        ).base
     draw = jax.jit(
         lambda key: split(build(model, key))[1], out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
     )

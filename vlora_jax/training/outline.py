@@ -11,10 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
+from vlora_jax.adapters.quantize import quantized_shapes
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.activations import lengths_split
 from vlora_jax.distributed.mesh import check_sequence
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device, like_parameters, shardings
+from vlora_jax.errors import ConfigError
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.training.config import RunConfig
 from vlora_jax.training.loss import LOSSES, Loss, Sums
@@ -110,8 +112,12 @@ def placed_tensors(config: RunConfig, mesh: Mesh | AbstractMesh, model: ModelCon
 
     Raises:
       TargetError: the adapter finds nothing to change.
+      ConfigError: the base shall be quantised, and it trains or has nothing that can be.
     """
-    graphdef, params = abstract_model(model)
+    if config.quantize is not None and config.adapter is None:
+        raise ConfigError(f"quantize {config.quantize} is for a frozen base; without an adapter the model trains")
+    graphdef, shapes = abstract_model(model)
+    params = quantized_shapes(shapes, config.quantize)
     specs = base_specs(params, mesh)
     params = placed(params, specs, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -1,0 +1,60 @@
+"""Parameter trees with quantised kernels, and back; what such a kernel is stands in `quantized.py`."""
+
+import jax
+
+from vlora_jax.adapters.quantized import Form, block_of, encode, is_quantized
+from vlora_jax.adapters.sites import Site, find_sites
+from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
+from vlora_jax.errors import ConfigError
+
+
+def in_layers(base: Tree) -> list[Site]:
+    """The kernels that are meant to be quantised: those of stacked layers. Embeddings, heads and norms stay whole."""
+    return [site for site in find_sites(base) if site.kind == "dense" and site.stack and site.inputs == (0,)]
+
+
+def quantizable(base: Tree, form: Form) -> list[Site]:
+    """The kernels of layers that can be held in this form."""
+    return [site for site in in_layers(base) if form == "int8" or block_of(site.in_dim)]
+
+
+def left_whole(base: Tree, form: Form) -> list[str]:
+    """A line for the kernels that cannot, if there are any."""
+    fits = quantizable(base, form)
+    odd = [f"{site.leaf_path} ({site.in_dim})" for site in in_layers(base) if site not in fits]
+    return [f"{', '.join(odd)}: no multiple of 16 inputs, not held as {form}"] if odd else []
+
+
+def quantize(base: Tree, form: Form) -> Tree:
+    """A model's parameters with the kernels of its layers in fewer bits: QLoRA's base (arXiv 2305.14314).
+
+    Adapters are bound, trained and merged as on any base; a merge goes onto the values that the codes stand for, and
+    gives ordinary parameters. The scales of NF4 stay float32 (half a bit a number; the paper quantises them again).
+
+    Args:
+      base: from `vlora_jax.split` or `load`, of a model of this library (others' layers cannot read the codes).
+      form: `"int8"`, one scale an output; or `"nf4"`, one for every 64 inputs of it.
+
+    Raises:
+      ConfigError: the model has no stacked layers, or it trains whole what would be quantised.
+
+    >>> from flax import nnx
+    >>> from vlora_jax import Stack, quantize, split
+    >>> from vlora_jax.models.layers import Block, BlockConfig
+    >>> config = BlockConfig(width=32, heads=2, mlp_width=64)
+    >>> base = split(Stack(lambda rngs: Block(config, rngs), 3, rngs=nnx.Rngs(0)))[1]
+    >>> kernel = flatten(quantize(base, "nf4"))["block/mlp/up/kernel"]
+    >>> kernel.shape, kernel.codes.shape, kernel.scale.shape
+    ((3, 32, 64), (3, 16, 64), (3, 1, 64))
+    """
+    sites, leaves = quantizable(base, form), flatten(base)
+    if not sites:
+        raise ConfigError(f"no kernel can be held as {form}: only those of stacked layers of this library's models")
+    bare = [site for site in sites if not is_quantized(leaves[site.leaf_path])]
+    held = {site.leaf_path: encode(leaves[site.leaf_path], form, site.closing) for site in bare}
+    return replace_leaves(base, held)
+
+
+def quantized_shapes(shapes: Tree, form: Form | None) -> Tree:
+    """`quantize` of shapes; None leaves them as they are."""
+    return shapes if form is None else jax.eval_shape(lambda base: quantize(base, form), shapes)
