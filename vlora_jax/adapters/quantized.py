@@ -4,6 +4,7 @@ In a parameter tree a `Quantized` stands where the kernel stood, and is one leaf
 kernel's shape and dtype. Layers decode it where they use it, in every forward and backward pass anew.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -163,7 +164,7 @@ def _nf4(kernel: Array) -> tuple[Array, Array]:
     largest = jnp.abs(blocks).max(axis=1).astype(jnp.float32)
     scale = jnp.where(largest > 0, largest, 1)
     values = blocks / scale[:, None]
-    middles = [(low + high) / 2 for low, high in zip(NF4, NF4[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
     codes = sum((values > middle).astype(jnp.uint8) for middle in middles)
     low, high = jnp.split(codes, 2, axis=1)
     return (low | (high << 4)).reshape(-1, out), scale

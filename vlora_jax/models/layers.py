@@ -116,10 +116,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "*batch in"], out_sharding: Any = None) -> Float[Array, "*batch out"]:
         flat, stored = inputs.reshape(-1, inputs.shape[-1]), self.kernel.get_value()
-        if is_quantized(stored):
-            flat = self._decoded(flat, stored)
-        else:
-            flat = super().__call__(flat, out_sharding)
+        flat = self._decoded(flat, stored) if is_quantized(stored) else super().__call__(flat, out_sharding)
         return flat.reshape(*inputs.shape[:-1], self.out_features)
 
 
