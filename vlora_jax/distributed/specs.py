@@ -66,10 +66,7 @@ def undivided(base: Tree, mesh: Mesh | AbstractMesh) -> list[str]:
 def base_specs(base: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Specs for a model's parameters; what is no kernel is replicated."""
     sites = {site.leaf_path: site for site in find_sites(base)}
-    flat = {
-        path: leaf_spec(sites[path], leaf, mesh) if path in sites else P()
-        for path, leaf in flatten(base).items()
-    }
+    flat = {path: leaf_spec(sites[path], leaf, mesh) if path in sites else P() for path, leaf in flatten(base).items()}
     return unflatten(base, flat)
 
 

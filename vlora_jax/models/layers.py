@@ -119,7 +119,6 @@ class Linear(nnx.Linear):
         flat = self._decoded(flat, stored) if is_quantized(stored) else super().__call__(flat, out_sharding)
         return flat.reshape(*inputs.shape[:-1], self.out_features)
 
-
     def _decoded(self, flat: Float[Array, "tokens in"], stored: Quantized) -> Float[Array, "tokens out"]:
         bias = None if self.bias is None else self.bias.get_value()
         flat, kernel, bias = self.promote_dtype((flat, gathered(stored).values(), bias), dtype=self.dtype)
