@@ -55,8 +55,8 @@ class Quantized:
       closing: whether its layer ends a residual branch, which decides where it lies on a mesh.
     """
 
-    codes: Array
-    scale: Array
+    codes: Any  # arrays; their shapes, and their places on a mesh, are held in the same form
+    scale: Any
     form: Form = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
     closing: bool = field(default=False, metadata={"static": True})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from vlora_jax.adapters.quantized import whole
+from vlora_jax.adapters.quantized import Quantized, whole
 from vlora_jax.adapters.trees import Tree, matching, variables
 from vlora_jax.errors import BaseMismatchError, ConversionError, TargetError
 
@@ -93,9 +93,9 @@ class Site:
     def layers(self) -> int:
         return math.prod(self.stack)
 
-    def matrix(self, kernel: Array) -> Array:
+    def matrix(self, kernel: Array | Quantized) -> Array:
         """A stored kernel as `(*stack, in, out)`; without the layer axes if it was sliced inside a scan."""
-        kernel = whole(kernel)
+        kernel: Array = whole(kernel)
         stack = kernel.ndim - len(self.shape)
         if stack:
             sources = tuple(range(self.stack_axis, self.stack_axis + stack))

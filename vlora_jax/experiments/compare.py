@@ -39,6 +39,7 @@ from vlora_jax.training.reading import explain, read_yaml
 from vlora_jax.training.runs import write_whole
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared
+ADDED = ("quantize",)  # options that came later: where they are not used, results of before stay valid
 
 
 class Budget(Section):
@@ -106,6 +107,7 @@ class Cell:
     def key(self) -> str:
         """Of all that decides the result; a result with another one is out of date."""
         plain = {name: value for name, value in self.config.plain().items() if name not in IGNORED}
+        plain = {name: value for name, value in plain.items() if value is not None or name not in ADDED}
         if self.before is not None:
             plain["before"] = self.before.plain()["data"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
