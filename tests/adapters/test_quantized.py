@@ -151,9 +151,7 @@ def test_the_backward_pass_decodes_again_and_keeps_no_kernel():
 def test_a_decoder_answers_as_on_the_values():
     graphdef, base = model()
     held = vj.quantize(base, "nf4")
-    answers = [
-        vj.generate(graphdef, each, [[1, 2, 3], [4]], most=4) for each in (held, vj.merge(held))
-    ]
+    answers = [vj.generate(graphdef, each, [[1, 2, 3], [4]], most=4) for each in (held, vj.merge(held))]
     assert answers[0].tokens == answers[1].tokens
 
 
@@ -180,5 +178,3 @@ def test_what_cannot_be_quantised_is_said(unchecked):
         encode(jnp.ones((20, 2)), "nf4")
     with pytest.raises(ConfigError, match="no kernel can be held as nf4"):
         vj.quantize({"kernel": jnp.ones((64, 2))}, "nf4")
-
-
