@@ -321,9 +321,8 @@ def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh, source_step: i
 
 def pretrained_parameters(section: PretrainedConfig, mesh: Mesh, key: PRNGKeyArray, form: Form | None) -> Tree:
     """Parameters from the files of transformers; `key` draws a new head."""
-    silent = lambda line: None
-    options = section.options() | {"quantize": form}
-    return load_model(section.source, mesh, section.dtype, section.head, key=key, notify=silent, **options).base
+    options: dict[str, Any] = section.options() | {"quantize": form, "key": key, "notify": lambda line: None}
+    return load_model(section.source, mesh, section.dtype, section.head, **options).base
 
 
 def whole_parameters(config: RunConfig, model: ModelConfig, shapes: Tree, source_step: int | None) -> Tree:
