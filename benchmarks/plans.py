@@ -22,6 +22,7 @@ PLANS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "qwen3_32b_dora_v6e_4x4": ("qwen3_32b_dora", "v6e:4x4", ()),
     "llama3_70b_lora_v5p_4x4x4": ("llama3_70b_lora", "v5p:4x4x4", ()),
     "llama3_70b_lora_v5e_16x16": ("llama3_70b_lora", "v5e:16x16", ("data.batch=256", "mesh.data=1", "mesh.fsdp=256")),
+    "llama3_70b_qlora_v5e_4x4": ("llama3_70b_qlora", "v5e:4x4", ()),
     "llama3_405b_tied_lora_v5p_8x8x8": ("llama3_405b_tied_lora", "v5p:8x8x8", ()),
 }
 DEPTHS, ROUNDS = (16, 80), 2  # a busy machine blurs one round

@@ -38,7 +38,7 @@ def test_each_code_of_nf4_is_its_level():
     np.testing.assert_array_equal(levels(jnp.arange(16, dtype=jnp.uint8)), np.float32(NF4))
 
 
-@pytest.mark.parametrize("inputs,block", [(128, 64), (96, 32), (48, 16)])
+@pytest.mark.parametrize(("inputs", "block"), [(128, 64), (96, 32), (48, 16)])
 def test_nf4_takes_the_nearest_level_of_the_block_s_largest_value(inputs, block):
     kernel = np.random.default_rng(0).normal(size=(3, inputs, 5)).astype(np.float32)
     kernel[1, :block] = 0
@@ -49,13 +49,16 @@ def test_nf4_takes_the_nearest_level_of_the_block_s_largest_value(inputs, block)
     choices = np.float32(NF4) * largest[..., None]
     nearest = np.take_along_axis(choices, np.abs(choices - blocks[..., None]).argmin(-1)[..., None], -1)[..., 0]
     np.testing.assert_allclose(held.values(), nearest.reshape(kernel.shape), rtol=1e-6)
-    assert held.shape == kernel.shape and held.size == kernel.size and held.dtype == kernel.dtype
+    assert held.shape == kernel.shape
+    assert held.size == kernel.size
+    assert held.dtype == kernel.dtype
 
 
 def test_int8_is_within_half_a_step_of_every_value():
     kernel = np.random.default_rng(1).normal(size=(2, 20, 7)).astype(np.float32)
     held = encode(jnp.asarray(kernel), "int8")
-    assert held.codes.dtype == jnp.int8 and held.scale.shape == (2, 1, 7)
+    assert held.codes.dtype == jnp.int8
+    assert held.scale.shape == (2, 1, 7)
     np.testing.assert_allclose(held.scale[:, 0], np.abs(kernel).max(1) / 127.5, rtol=1e-6)
     assert (np.abs(np.asarray(held) - kernel) <= 0.5001 * np.asarray(held.scale)).all()
 
@@ -71,9 +74,11 @@ def test_a_layer_of_a_kernel_is_that_layer_s():
 def test_kernels_of_layers_are_held_so_and_nothing_else():
     base = model()[1]
     held = vj.quantize(base, "nf4")
-    assert list(flatten(held)) == list(flatten(base)) and vj.count(held) == vj.count(base)
+    assert list(flatten(held)) == list(flatten(base))
+    assert vj.count(held) == vj.count(base)
     inside = {path for path in flatten(base) if path.startswith("layers/") and path.endswith("kernel")}
-    assert set(kernels(held)) == inside and len(inside) == 7
+    assert set(kernels(held)) == inside
+    assert len(inside) == 7
     assert vj.find_sites(held) == vj.find_sites(base)
     stored = sum(leaf.nbytes for path in inside for leaf in jax.tree.leaves(flatten(held)[path]))
     assert stored == sum(leaf.size for leaf in kernels(held).values()) * (1 / 2 + 4 / 32), "codes, and 32 to a scale"
@@ -151,9 +156,7 @@ def test_the_backward_pass_decodes_again_and_keeps_no_kernel():
 def test_a_decoder_answers_as_on_the_values():
     graphdef, base = model()
     held = vj.quantize(base, "nf4")
-    answers = [
-        vj.generate(graphdef, each, [[1, 2, 3], [4]], most=4) for each in (held, vj.merge(held))
-    ]
+    answers = [vj.generate(graphdef, each, [[1, 2, 3], [4]], most=4) for each in (held, vj.merge(held))]
     assert answers[0].tokens == answers[1].tokens
 
 
@@ -180,5 +183,3 @@ def test_what_cannot_be_quantised_is_said(unchecked):
         encode(jnp.ones((20, 2)), "nf4")
     with pytest.raises(ConfigError, match="no kernel can be held as nf4"):
         vj.quantize({"kernel": jnp.ones((64, 2))}, "nf4")
-
-

@@ -35,9 +35,9 @@ def numbers(shapes: list[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def compiled(sizes: tuple[int, int, int]) -> tuple[Job, dict]:
+def compiled(sizes: tuple[int, int, int], *more: str) -> tuple[Job, dict]:
     mesh = [f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), sizes, strict=True)]
-    job = Job.of(load_config(None, LORA + mesh))
+    job = Job.of(load_config(None, [*LORA, *mesh, *more]), jax.devices()[: math.prod(sizes)])
     with jax.set_mesh(job.mesh):
         return job, collectives(job.step().lower(job.state, job.base, job.batch).compile().as_text())
 
@@ -67,3 +67,15 @@ def test_no_reduction_is_as_large_as_a_kernel(sizes):
     assert all(numbers([shape]) < smallest or of_activations(shape) for shape in found["all-reduce"])
     of_adapter = {leaf.shape[-2:] for leaf in jax.tree.leaves(job.state.trainable)}
     assert not of_adapter & {shape[-2:] for shape in found.get("all-gather", [])}, "adapters are not gathered"
+
+
+@pytest.mark.parametrize("form", mostly_slow(("nf4", "int8"), ["nf4"]))
+def test_of_a_quantised_base_codes_travel_once_in_either_direction(form):
+    """Not what they stand for; and no device keeps those of all layers."""
+    job, found = compiled((1, 2, 1), f"quantize={form}", "model.width=128", "model.mlp_width=128")
+    held = [leaf for path, leaf in flatten(job.base).items() if path.startswith("layers/") and path.endswith("kernel")]
+    assert len(held) == 7
+    codes = sorted(math.prod(leaf.codes.shape[1:]) for leaf in held)
+    gathered = sorted(numbers([shape]) for shape in found["all-gather"] if numbers([shape]) >= codes[0])
+    of_embedding = math.prod(flatten(job.base)["embed/embedding"].shape)
+    assert gathered in ([*codes, *codes], sorted([*codes, *codes, of_embedding]))

@@ -15,11 +15,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax import LoRA, init, split
+from vlora_jax.adapters.quantize import quantized_shapes
+from vlora_jax.adapters.quantized import is_quantized
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed.mesh import abstract_mesh, check_batch, make_mesh, whole_batch
 from vlora_jax.distributed.specs import adapter_specs, base_specs, bytes_per_device, undivided
 from vlora_jax.errors import ConfigError
+from vlora_jax.models.build import abstract_model
+from vlora_jax.models.decoder import DecoderConfig
 from vlora_jax.training.config import RunConfig, load_config
 from vlora_jax.training.job import Job
 
@@ -32,6 +36,7 @@ TINY = [
 DECODER = [
     "model.family=decoder", "model.vocabulary=256", "data.name=pystdlib", "data.part=prose", "data.length=16",
 ]  # fmt: skip
+WIDE = [*DECODER, "model.width=128", "model.mlp_width=256", "adapter.method=lora", "adapter.targets=all-linear"]
 ADAPTER = ["adapter.method=lora", "adapter.rank=4", "adapter.full=head"]
 
 
@@ -61,6 +66,25 @@ def test_adapters_follow_their_kernel_over_tensor_only():
     sites = adapter_specs(adapter, mesh).trainable["sites"]
     assert (sites["up"]["a"], sites["up"]["b"]) == (P(None, None), P(None, "tensor"))
     assert (sites["down"]["a"], sites["down"]["b"]) == (P("tensor", None), P(None, None))
+
+
+def test_codes_lie_like_their_kernel_but_for_blocks_that_stay_together():
+    """96 inputs are three blocks of 32, which two devices cannot share; 64 inputs are one."""
+    mesh = abstract_mesh(1, 2, 2, devices=4)
+    shapes = abstract_model(DecoderConfig(width=128, heads=2, mlp_width=96, layers=3, vocabulary=8))[1]
+    place = lambda form, part: {
+        path.removeprefix("layers/block/"): getattr(leaf, part)
+        for path, leaf in flatten(base_specs(quantized_shapes(shapes, form), mesh)).items()
+        if is_quantized(leaf)
+    }
+    codes, scale = (place("nf4", part) for part in ("codes", "scale"))
+    assert codes["mlp/up/kernel"] == scale["mlp/up/kernel"] == P(None, "fsdp", "tensor")
+    assert codes["mlp/down/kernel"] == scale["mlp/down/kernel"] == P(None, None, "fsdp")
+    codes, scale = (place("int8", part) for part in ("codes", "scale"))
+    assert (codes["mlp/down/kernel"], scale["mlp/down/kernel"]) == (P(None, "tensor", "fsdp"), P(None, None, "fsdp"))
+    assert undivided(quantized_shapes(shapes, "nf4"), mesh) == [
+        "layers/block/mlp/down/kernel (3): not divisible by mesh.tensor 2, replicated along it"
+    ]
 
 
 def test_bytes_of_one_device():
@@ -186,6 +210,8 @@ CASES = [  # an adapter on every shape; whole models on those that differ most
     *(pytest.param(ADAPTER, sizes, id=f"lora-{sizes}") for sizes in MESHES),
     *(pytest.param([], sizes, id=f"vlora-{sizes}") for sizes in ((2, 2, 2), (4, 2, 1), (1, 8, 1))),
     pytest.param(["model.vertical=null"], (2, 2, 2), id="dense-(2, 2, 2)"),
+    *(pytest.param([*WIDE, "quantize=nf4"], sizes, id=f"nf4-{sizes}") for sizes in ((2, 2, 2), (1, 4, 2), (2, 1, 4))),
+    *(pytest.param([*WIDE, "quantize=int8"], sizes, id=f"int8-{sizes}") for sizes in ((2, 2, 2), (1, 8, 1))),
     *(pytest.param(DECODER, sizes, id=f"decoder-{sizes}") for sizes in ((2, 2, 2), (2, 4, 1), (1, 8, 1))),
 ]
 

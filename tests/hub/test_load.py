@@ -360,3 +360,17 @@ def test_a_model_of_transformers_is_saved_again_without_loss(shards, tmp_path):
     loaded = load_model(shards)
     save(tmp_path / "again", loaded.graphdef, loaded.base, like=shards)
     same(load_model(tmp_path / "again").base, loaded.base)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_base_is_quantised_as_it_is_read(form, llama, monkeypatch):
+    monkeypatch.setattr(load_module, "SMALL", 1)
+    graphdef, whole = vj.load(llama, notify=pytest.fail)
+    _, held = vj.load(llama, quantize=form, notify=pytest.fail)
+    for path, leaf in flatten(vj.quantize(whole, form)).items():
+        found = flatten(held)[path]
+        assert jax.tree.structure(found) == jax.tree.structure(leaf), path
+        for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(leaf), strict=True):
+            np.testing.assert_array_equal(one, two, err_msg=path)
+    gap = jnp.abs(vj.apply(graphdef, held, None, TOKENS) - vj.apply(graphdef, whole, None, TOKENS)).max()
+    assert gap > 0

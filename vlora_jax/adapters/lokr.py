@@ -45,6 +45,7 @@ class LoKr(Ranked):
     trains = "in₁·out₁ + r·(in₂ + out₂)"
     verified = "PEFT"
     peft = "LOKR"
+    cost = "turns its activations round at every site, between products of inner size 8 to 43"
     default_rate = 5e-3
 
     alpha: float = 8.0

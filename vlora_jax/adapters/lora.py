@@ -42,7 +42,8 @@ class LoRA(Product):
         B uniform in ±1/√out; `"xavier_both"`: A uniform in ±√(6/(r + in)), B in ±√(6/(r + out)). The last two
         are the starts of vertical increments (arXiv 2406.09315) and change the model at once.
       bias: train a bias of B as well, so that the layer's bias changes by s·bias (PEFT's `lora_bias`).
-      b_rate: learning rate of B relative to A's (LoRA+); 1 is plain LoRA.
+      b_rate: learning rate of B relative to A's (LoRA+); 1 is plain LoRA. A run that gives no rate takes LoRA's ÷
+        √b_rate.
 
     Where layers differ in rank or alpha, a frozen `gain (r,)` a layer takes the place of s: s of that layer in its
     first entries, zero beyond its rank.
@@ -194,6 +195,11 @@ class LoRA(Product):
         of_site = lambda names: {name: "a" if name == "a" else "b" for name in names}
         groups["sites"] = {path: of_site(names) for path, names in groups["sites"].items()}
         return groups
+
+    @property
+    def usual_rate(self) -> float:
+        """Lower as B's is higher, so that their product, and with it the pace of ΔW = A B, is plain LoRA's."""
+        return self.default_rate / math.sqrt(self.b_rate)
 
     def rates(self) -> dict[str, float]:
         return {"b": self.b_rate}

@@ -174,6 +174,11 @@ class Method(ABC):
         """A learning-rate group's name for each leaf of `adapter.trainable`."""
         return jax.tree.map(lambda _: "adapter", adapter.trainable)
 
+    @property
+    def usual_rate(self) -> float:
+        """The run's learning rate where it gives none: `default_rate`, unless options ask for another."""
+        return self.default_rate
+
     def rates(self) -> dict[str, float]:
         """Learning rate of each group relative to the run's; 1 where absent."""
         return {}

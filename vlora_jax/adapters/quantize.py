@@ -1,8 +1,11 @@
 """Parameter trees with quantised kernels, and back; what such a kernel is stands in `quantized.py`."""
 
-import jax
+import functools
 
-from vlora_jax.adapters.quantized import Form, block_of, encode, is_quantized
+import jax
+from jaxtyping import Array
+
+from vlora_jax.adapters.quantized import Form, Quantized, block_of, encode, is_quantized
 from vlora_jax.adapters.sites import Site, find_sites
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
 from vlora_jax.errors import ConfigError
@@ -58,3 +61,11 @@ def quantize(base: Tree, form: Form) -> Tree:
 def quantized_shapes(shapes: Tree, form: Form | None) -> Tree:
     """`quantize` of shapes; None leaves them as they are."""
     return shapes if form is None else jax.eval_shape(lambda base: quantize(base, form), shapes)
+
+
+def turned_into(kernel: Array, there: Quantized) -> Quantized:
+    """A kernel in the form of `there`, whose parts say where it is to lie; the kernel's own memory is free then."""
+    encoded = jax.jit(functools.partial(encode, form=there.form, closing=there.closing), out_shardings=there)(kernel)
+    jax.block_until_ready(encoded)
+    kernel.delete()
+    return encoded

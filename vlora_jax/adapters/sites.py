@@ -93,9 +93,9 @@ class Site:
     def layers(self) -> int:
         return math.prod(self.stack)
 
-    def matrix(self, kernel: Array | Quantized) -> Array:
+    def matrix(self, stored: Array | Quantized) -> Array:
         """A stored kernel as `(*stack, in, out)`; without the layer axes if it was sliced inside a scan."""
-        kernel: Array = whole(kernel)
+        kernel: Array = whole(stored)
         stack = kernel.ndim - len(self.shape)
         if stack:
             sources = tuple(range(self.stack_axis, self.stack_axis + stack))

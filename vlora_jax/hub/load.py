@@ -1,7 +1,6 @@
 """Load a model of transformers: its config, then its tensors straight onto the mesh, group by group."""
 
 import ctypes
-import functools
 import math
 import os
 import platform
@@ -17,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
-from vlora_jax.adapters.quantize import quantized_shapes
-from vlora_jax.adapters.quantized import Form, Quantized, encode, is_quantized
+from vlora_jax.adapters.quantize import quantized_shapes, turned_into
+from vlora_jax.adapters.quantized import Form, is_quantized
 from vlora_jax.adapters.sites import split
 from vlora_jax.adapters.trees import Tree, flatten, unflatten
 from vlora_jax.distributed.mesh import make_mesh
@@ -127,7 +126,7 @@ def load_model(
     for group in groups(done.reads):
         values |= read_group(store, names, group, shapes, places, mesh)
         for path in (read.path for read in group if is_quantized(held_places[read.path])):
-            values[path] = _encoded(values[path], held_places[path])
+            values[path] = turned_into(values[path], held_places[path])
         give_back_memory()
     check_copies(store, done, values, names, places)
     if done.fresh:
@@ -328,16 +327,7 @@ def _moved(array: Array, there: NamedSharding) -> Array:
     return jax.jit(lambda array: array, out_shardings=there)(array)
 
 
-def _encoded(kernel: Array, there: Quantized) -> Quantized:
-    """A kernel in the form that `there` has, with its parts where that says; the kernel's memory is free then."""
-    encode_so = functools.partial(encode, form=there.form, closing=there.closing)
-    encoded = jax.jit(encode_so, out_shardings=there)(kernel)
-    jax.block_until_ready(encoded)
-    kernel.delete()
-    return encoded
-
-
-def check_copies(store: Store, done: Plan, values: dict[str, Array], names: Names, places: dict[str, Any]) -> None:
+def check_copies(store: Store, done: Plan, values: dict[str, Any], names: Names, places: dict[str, Any]) -> None:
     """Raises ModelFileError if a tensor that the config ties to another has other values in the files."""
     same = jax.jit(lambda one, other: (one == other).all())
     for tensor, path in done.copies.items():

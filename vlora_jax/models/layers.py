@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: Float[Array, "*batch in"], out_sharding: Any = None) -> Float[Array, "*batch out"]:
-        flat, stored = inputs.reshape(-1, inputs.shape[-1]), self.kernel.get_value()
+        flat, stored = inputs.reshape(-1, inputs.shape[-1]), cast(Any, self.kernel.get_value())
         flat = self._decoded(flat, stored) if is_quantized(stored) else super().__call__(flat, out_sharding)
         return flat.reshape(*inputs.shape[:-1], self.out_features)
 

@@ -1,7 +1,6 @@
 """From a config to something that can be trained: first as shapes that take no memory, then as arrays."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +16,10 @@ from jaxtyping import PRNGKeyArray
 from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.init import init
-from vlora_jax.adapters.quantize import quantize, quantized_shapes
-from vlora_jax.adapters.quantized import Form
+from vlora_jax.adapters.quantize import quantized_shapes, turned_into
+from vlora_jax.adapters.quantized import Form, is_quantized
 from vlora_jax.adapters.sites import split
-from vlora_jax.adapters.trees import Tree, flatten, unflatten
+from vlora_jax.adapters.trees import Tree, flatten, replace_leaves, unflatten
 from vlora_jax.data import digits, low_rank, pystdlib, text
 from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
@@ -315,15 +314,15 @@ def parameters(config: RunConfig, model: ModelConfig, mesh: Mesh, source_step: i
     if config.quantize is None:
         return read
     held = quantized_shapes(shapes, config.quantize)
-    where = shardings(base_specs(held, mesh), mesh)
-    return jax.jit(functools.partial(quantize, form=config.quantize), out_shardings=where, donate_argnums=0)(read)
+    places, leaves = flatten(shardings(base_specs(held, mesh), mesh)), flatten(read)
+    packed = {path: turned_into(leaves[path], there) for path, there in places.items() if is_quantized(there)}
+    return replace_leaves(read, packed)
 
 
 def pretrained_parameters(section: PretrainedConfig, mesh: Mesh, key: PRNGKeyArray, form: Form | None) -> Tree:
     """Parameters from the files of transformers; `key` draws a new head."""
-    silent = lambda line: None
-    options = section.options() | {"quantize": form}
-    return load_model(section.source, mesh, section.dtype, section.head, key=key, notify=silent, **options).base
+    options: dict[str, Any] = section.options() | {"quantize": form, "key": key, "notify": lambda line: None}
+    return load_model(section.source, mesh, section.dtype, section.head, **options).base
 
 
 def whole_parameters(config: RunConfig, model: ModelConfig, shapes: Tree, source_step: int | None) -> Tree:

@@ -103,5 +103,7 @@ def open_adapter(where: str, opened: Opened) -> list[Adapter]:
         raise ConfigError(f"{where} trained a model, not an adapter; give it as the model")
     adapters = [trained.adapter]
     if trained.base is None or fingerprint(trained.base, adapters) != fingerprint(opened.base, adapters):
-        raise BaseMismatchError(f"{where}: its adapter was trained on another base than this model")
+        form = trained.config.quantize
+        held = "" if form is None else f"; its base was held as {form}: merge it, or give the run itself as the model"
+        raise BaseMismatchError(f"{where}: its adapter was trained on another base than this model{held}")
     return adapters

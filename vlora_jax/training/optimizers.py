@@ -48,7 +48,7 @@ class OptimizerConfig(BaseModel):
         >>> OptimizerConfig().resolved(None).rate
         0.003
         """
-        rate, decay = (RATE, DECAY) if method is None else (type(method).default_rate, 0.0)
+        rate, decay = (RATE, DECAY) if method is None else (method.usual_rate, 0.0)
         own = {"rate": rate if self.rate is None else self.rate, "decay": decay if self.decay is None else self.decay}
         return self.model_copy(update=own)
 

@@ -7,8 +7,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vlora_jax.adapters.adapter import count
+from vlora_jax.adapters.quantize import left_whole
+from vlora_jax.adapters.quantized import is_quantized
+from vlora_jax.adapters.trees import flatten
 from vlora_jax.data.summary import Summary
-from vlora_jax.distributed.specs import undivided
+from vlora_jax.distributed.specs import stored_bytes, undivided
 from vlora_jax.training.job import Job, dense_twin
 
 SHOWN = 600  # letters of a piece of an example
@@ -64,6 +67,8 @@ def first_screen(job: Job, memory: Any = None) -> Table:
             table.add_row("adapter", f"{config.adapter.formula} at {sum(s.layers for s in sites)} kernels: {shown}")  # type: ignore[union-attr]
         if whole:
             table.add_row("trained whole", f"{sum(map(count, whole.values())):,} numbers: {', '.join(sorted(whole))}")
+    if config.quantize is not None:
+        table.add_row("quantised", held_in_fewer_bits(job))
     if job.choices:
         factored = [choice.path for choice in job.choices if choice.factored]
         built = [choice.path for choice in job.choices if not choice.factored]
@@ -89,6 +94,17 @@ def first_screen(job: Job, memory: Any = None) -> Table:
     table.add_row("memory", ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items()) + " a device")
     table.add_row("run", f"{config.run_dir}; stop with Ctrl-C, the same command continues")
     return table
+
+
+def held_in_fewer_bits(job: Job) -> str:
+    """What of a frozen base is quantised, and what is not."""
+    assert job.config.quantize is not None
+    held = [leaf for leaf in flatten(job.base).values() if is_quantized(leaf)]
+    numbers, bits = sum(leaf.size for leaf in held), 8 * stored_bytes(held)
+    text = (
+        f"{share(numbers, job.model_parameters)} as {job.config.quantize}, {bits / numbers:.2f} bits each with scales"
+    )
+    return "; ".join([text, *left_whole(job.base, job.config.quantize)])
 
 
 def data_screen(summary: Summary) -> Table:
