@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_slow
 from peft_models import (
     decoded,
     error,
@@ -110,6 +111,7 @@ CASES = {
 # On QLoRA's base. PEFT's LoHa, LoKr and DeLoRA take the packed codes for the weight, and fail.
 IN_4_BITS = ("LoRA", "AdaLoRA", "VeRA", "IA3", "HiRA", "MiSS", "RandLoRA", "FourierFT", "VB-LoRA")
 CASES |= {f"{name}, 4 bits": ("llama_nf4", *CASES[name][1:]) for name in IN_4_BITS}
+ALSO_IN_4_BITS = [f"{name}, 4 bits" for name in IN_4_BITS if name not in ("LoRA", "IA3")]
 SMALLER = ("DoRA, 4 bits", "RandLoRA, 4 bits", "VB-LoRA, 4 bits")  # with more, float32 itself is 1e-5 off
 NOISES = dict.fromkeys(SMALLER, 0.1)
 
@@ -126,7 +128,7 @@ def adapted(name):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=mostly_slow(CASES, [case for case in CASES if case not in ALSO_IN_4_BITS]))
 def case(request, tmp_path_factory):
     """PEFT's model, its directory, our model and adapter, and the directory that we write."""
     folder = tmp_path_factory.mktemp("case")
