@@ -19,6 +19,11 @@ PLANS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "llama2_7b_vera_v5e_4x4": ("llama2_7b_vera", "v5e:4x4", ()),
     "llama3_8b_lora_v5e_4x4": ("llama3_8b_lora", "v5e:4x4", ()),
+    "llama3_8b_lora_32k_v5e_4x4": (
+        "llama3_8b_lora",
+        "v5e:4x4",
+        ("data.length=32768", "data.batch=2", "mesh.data=2", "mesh.fsdp=1", "mesh.tensor=8", "mesh.sequence=true"),
+    ),
     "qwen3_32b_dora_v6e_4x4": ("qwen3_32b_dora", "v6e:4x4", ()),
     "llama3_70b_lora_v5p_4x4x4": ("llama3_70b_lora", "v5p:4x4x4", ()),
     "llama3_70b_lora_v5e_16x16": ("llama3_70b_lora", "v5e:16x16", ("data.batch=256", "mesh.data=1", "mesh.fsdp=256")),

@@ -26,15 +26,42 @@ LLAMA = {
 ENCODER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
+WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 128}  # 4-bit kernels have blocks of 64 inputs
 FOLDER = tempfile.TemporaryDirectory()  # of model files, removed at the end
 
 
 def model_of(family):
-    """A tiny random model of transformers; biases and norms are random as well, so that none is zero or one."""
+    """A tiny random model of transformers; of the family "llama_nf4", its layers as bitsandbytes holds them."""
+    return in_4_bits(stored(family)[0]) if family == "llama_nf4" else whole_model_of(family)
+
+
+def in_4_bits(directory):
+    """The model in a directory for QLoRA: every linear layer but the head in NF4, computing in float32."""
+    pytest.importorskip("bitsandbytes")
+    held = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, quantization_config=held).eval()
+    torch.manual_seed(0)  # whatever was drawn before: what is drawn next is the same in every order of tests
+    return model
+
+
+def decoded(model):
+    """The whole model that one of "llama_nf4" stands for, by bitsandbytes' own decoder."""
+    decode = pytest.importorskip("bitsandbytes").functional.dequantize_4bit
+    whole_value = lambda value: decode(value.data, value.quant_state) if hasattr(value, "quant_state") else value
+    whole = whole_model_of("llama_nf4")
+    whole.load_state_dict({name: whole_value(value) for name, value in model.named_parameters()})
+    return whole
+
+
+def whole_model_of(family):
+    """Of transformers, biases and norms random as well, so that none is zero or one."""
     torch.manual_seed(0)
     t = transformers
     makers = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)),
+        "llama_nf4": lambda: t.LlamaForCausalLM(t.LlamaConfig(**WIDE)),
         "llama_tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA | {"tie_word_embeddings": True})),
         "llama_classes": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=4)),
@@ -54,7 +81,7 @@ def model_of(family):
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:  # transformers' 0.02 is for wide layers; here it would hide what an adapter does
-                parameter.mul_(8)
+                parameter.mul_(4 if family == "llama_nf4" else 8)
     return model
 
 
@@ -62,8 +89,8 @@ def model_of(family):
 def stored(family):
     """The model's directory, and the model as we load it."""
     directory = Path(FOLDER.name) / family
-    model_of(family).save_pretrained(directory)
-    return directory, loaded(directory)
+    whole_model_of(family).save_pretrained(directory)
+    return directory, loaded(directory, quantize="nf4" if family == "llama_nf4" else None)
 
 
 @functools.cache

@@ -353,6 +353,12 @@ def test_an_adapter_run_cannot_be_the_start_of_another(adapted, tmp_path):
         quiet(config(tmp_path / "x", "model=null", f"init_from={run}"))
 
 
+def test_a_start_that_is_not_there_is_told_with_who_wants_it(tmp_path):
+    lost = config(tmp_path / "lora", *LORA, f"init_from={tmp_path / 'moved'}")
+    with pytest.raises(ConfigError, match=r"init_from of \S*/lora: \S*/moved does not exist"):
+        quiet(lost)
+
+
 def test_metrics_survive_a_torn_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = json.dumps({"step": 1, "kind": "train"})

@@ -29,6 +29,7 @@ class BitFit(Selective):
     formula = "b trained"
     trains = "every bias"
     verified = "paper's counts, NumPy"
+    default_rate = 1e-2
 
     targets: Patterns = ".*"
 

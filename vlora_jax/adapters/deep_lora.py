@@ -48,6 +48,7 @@ class DeepLoRA(LowRank):
     trains = "narrow r·(in + out) + (N-2)·r²; wide with w for r; compressed k·(in + out) + N·k²"
     adds_up = True
     verified = "NumPy"
+    default_rate = 1e-2
     aside = LowRank.aside | {"epsilon", "frame_rate"}
 
     depth: int = 3
@@ -130,6 +131,11 @@ class DeepLoRA(LowRank):
         groups = jax.tree.map(lambda _: "adapter", adapter.trainable)
         of_site = lambda names: {name: "frame" if name in ("p", "q") else "adapter" for name in names}
         return groups | {"sites": {path: of_site(names) for path, names in groups["sites"].items()}}
+
+    @property
+    def usual_rate(self) -> float:
+        """The default suits the narrow form; the others' factors are as wide as kernels, and move further."""
+        return self.default_rate if self.form == "narrow" else 1e-3
 
     def rates(self) -> dict[str, float]:
         return {"frame": self.frame_rate} if self.frame_rate else {}

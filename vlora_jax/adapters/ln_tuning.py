@@ -26,6 +26,7 @@ class LNTuning(Selective):
     trains = "every norm's scale and bias"
     verified = "PEFT"
     peft = "LN_TUNING"
+    default_rate = 1e-2
 
     targets: Patterns = ".*"
 

@@ -53,7 +53,7 @@ def model_config_of(config: RunConfig) -> ModelConfig:
     if config.init_from is None:
         assert config.model is not None  # RunConfig makes sure
         return config.model
-    source = read_config(Path(config.init_from))
+    source = source_config(config, config.init_from)
     if source.adapter is not None:
         raise ConfigError(
             f"init_from {config.init_from} holds an adapter, not a model; merge it first: "
@@ -66,6 +66,18 @@ def model_config_of(config: RunConfig) -> ModelConfig:
     return found
 
 
+def source_config(config: RunConfig, init_from: str) -> RunConfig:
+    """The config of the run that another starts from.
+
+    Raises:
+      ConfigError: it is not there.
+    """
+    try:
+        return read_config(Path(init_from))
+    except ConfigError as error:
+        raise ConfigError(f"init_from of {config.run_dir}: {error}") from None
+
+
 def described(section: PretrainedConfig) -> Described:
     """A pretrained model as its files say, before its numbers are read."""
     return describe(section.source, section.dtype, section.head, **section.options())
@@ -75,7 +87,7 @@ def tokenizer_source(config: RunConfig) -> str | None:
     """Where the tokenizer of a run's model is; None if the model was not pretrained elsewhere."""
     if isinstance(config.model, PretrainedConfig):
         return str(described(config.model).store.directory)
-    return None if config.init_from is None else tokenizer_source(read_config(Path(config.init_from)))
+    return None if config.init_from is None else tokenizer_source(source_config(config, config.init_from))
 
 
 def dense_twin(config: ModelConfig) -> int:
