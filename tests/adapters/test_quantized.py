@@ -1,11 +1,13 @@
 """Kernels in fewer bits: their values, and everything that is done with a base on one that holds them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import close, filled, mostly_slow, moved
 from test_methods import small
 
@@ -61,6 +63,20 @@ def test_int8_is_within_half_a_step_of_every_value():
     assert held.scale.shape == (2, 1, 7)
     np.testing.assert_allclose(held.scale[:, 0], np.abs(kernel).max(1) / 127.5, rtol=1e-6)
     assert (np.abs(np.asarray(held) - kernel) <= 0.5001 * np.asarray(held.scale)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_follow_products_which_every_device_rounds_alike(form):
+    """Quotients are rounded otherwise on GPUs: a run's base, quantised anew elsewhere, would be another one there."""
+    largest = np.random.default_rng(4).uniform(0.5, 1, 64).astype(np.float32)
+    steps = np.float32([(low + high) / 2 for low, high in itertools.pairwise(NF4)] if form == "nf4" else np.r_[-7:8])
+    unit = largest if form == "nf4" else largest * np.float32(1 / 127.5)
+    edge = (steps if form == "nf4" else steps + np.float32(0.5))[:, None] * unit
+    below = encode(jnp.asarray(np.concatenate([largest[None], edge])), form).values()[1:]
+    above = encode(jnp.asarray(np.concatenate([largest[None], np.nextafter(edge, np.inf)])), form).values()[1:]
+    low, high = (np.float32(NF4)[:-1], np.float32(NF4)[1:]) if form == "nf4" else (steps, steps + 1)
+    np.testing.assert_array_equal(below, low[:, None] * unit)
+    np.testing.assert_array_equal(above, high[:, None] * unit)
 
 
 def test_a_layer_of_a_kernel_is_that_layer_s():

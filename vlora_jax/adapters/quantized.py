@@ -154,8 +154,10 @@ def encode(kernel: Float[Array, "*stack in out"], form: Form, closing: bool = Fa
 
 def _int8(kernel: Array) -> tuple[Array, Array]:
     largest = jnp.abs(kernel).max(axis=0, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest / INT8_BOUND, 1)
-    return jnp.round(kernel / scale).clip(-128, 127).astype(jnp.int8), scale
+    scale = jnp.where(largest > 0, largest * (1 / INT8_BOUND), 1)
+    near = jnp.round(kernel / scale)
+    code = near + (kernel > (near + 0.5) * scale) - (kernel <= (near - 0.5) * scale)
+    return code.clip(-128, 127).astype(jnp.int8), scale
 
 
 def _nf4(kernel: Array) -> tuple[Array, Array]:
@@ -163,8 +165,7 @@ def _nf4(kernel: Array) -> tuple[Array, Array]:
     blocks = kernel.reshape(-1, block_of(inputs) or 0, out)
     largest = jnp.abs(blocks).max(axis=1).astype(jnp.float32)
     scale = jnp.where(largest > 0, largest, 1)
-    values = blocks / scale[:, None]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
-    codes = sum((values > middle).astype(jnp.uint8) for middle in middles)
+    codes = sum((blocks > middle * scale[:, None]).astype(jnp.uint8) for middle in middles)
     low, high = jnp.split(codes, 2, axis=1)
     return (low | (high << 4)).reshape(-1, out), scale
