@@ -69,7 +69,7 @@ def test_one_that_leaves_is_missing_and_may_come_again():
 
 
 def test_one_that_left_is_not_counted_when_the_last_comes():
-    """Process 1 hangs up and comes again after process 2, and nothing happens in between that it could be noticed by."""
+    """Process 1 hangs up and comes again after process 2, and nothing in between gives occasion to notice it."""
     port = free_port()
     address, result = f"localhost:{port}", []
     roll = threading.Thread(target=lambda: result.append(rollcall.call(address, 3, 20)))
