@@ -1,11 +1,13 @@
 """Kernels in fewer bits: their values, and everything that is done with a base on one that holds them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import close, filled, mostly_slow, moved
 from test_methods import small
 
@@ -61,6 +63,20 @@ def test_int8_is_within_half_a_step_of_every_value():
     assert held.scale.shape == (2, 1, 7)
     np.testing.assert_allclose(held.scale[:, 0], np.abs(kernel).max(1) / 127.5, rtol=1e-6)
     assert (np.abs(np.asarray(held) - kernel) <= 0.5001 * np.asarray(held.scale)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_follow_products_which_every_device_rounds_alike(form):
+    """Quotients are rounded otherwise on GPUs: a run's base, quantised anew elsewhere, would be another one there."""
+    largest = np.random.default_rng(4).uniform(0.5, 1, 64).astype(np.float32)
+    steps = np.float32([(low + high) / 2 for low, high in itertools.pairwise(NF4)] if form == "nf4" else np.r_[-7:8])
+    unit = largest if form == "nf4" else largest * np.float32(1 / 127.5)
+    edge = (steps if form == "nf4" else steps + np.float32(0.5))[:, None] * unit
+    below = encode(jnp.asarray(np.concatenate([largest[None], edge])), form).values()[1:]
+    above = encode(jnp.asarray(np.concatenate([largest[None], np.nextafter(edge, np.inf)])), form).values()[1:]
+    low, high = (np.float32(NF4)[:-1], np.float32(NF4)[1:]) if form == "nf4" else (steps, steps + 1)
+    np.testing.assert_array_equal(below, low[:, None] * unit)
+    np.testing.assert_array_equal(above, high[:, None] * unit)
 
 
 def test_a_layer_of_a_kernel_is_that_layer_s():
@@ -176,7 +192,45 @@ def test_quantising_twice_changes_nothing():
     assert all(leaf is kernels(again)[path] for path, leaf in kernels(held).items())
 
 
+class Others(nnx.Module):
+    """Layers of Flax's own kinds, stacked."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        def block(rngs: nnx.Rngs) -> nnx.Sequential:
+            return nnx.Sequential(nnx.Linear(32, 32, rngs=rngs), nnx.LinearGeneral(32, (16, 2), rngs=rngs))
+
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(block))(rngs)
+
+    def __call__(self, x):
+        graphdef, layers = nnx.split(self.blocks)
+        return jax.lax.scan(lambda x, one: (nnx.merge(graphdef, one)(x).reshape(x.shape), None), x, layers)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_others_read_codes_as_well(form):
+    graphdef, base = vj.split(Others(nnx.Rngs(0)))
+    held = vj.quantize(base, form)
+    assert list(kernels(held)) == ["blocks/layers/0/kernel"], "of the other, inputs are not the last axis but one"
+    adapter = moved(vj.init(vj.DoRA(rank=2), jax.random.key(0), held))
+    answer = jax.jit(lambda base: vj.apply(graphdef, base, adapter, jnp.ones((2, 32))))
+    close(answer(held), answer(vj.merge(held)), 1e-6)
+
+
+def test_what_starts_from_values_needs_them():
+    shapes = jax.eval_shape(lambda base: vj.quantize(base, "nf4"), model()[1])
+    start = lambda method: vj.init(method, jax.random.key(0), shapes)
+    with pytest.raises(ConfigError, match="it starts from the values of layers/block/attn/q; the base has shapes only"):
+        start(vj.PiSSA(rank=2, targets="q"))
+    with pytest.raises(ConfigError, match="mlp/up/kernel is trained whole and starts from its values; the base has"):
+        start(vj.LoRA(rank=2, targets="q", full="mlp/up"))
+
+
 def test_what_cannot_be_quantised_is_said(unchecked):
+    held = vj.quantize(model()[1], "nf4")
+    with pytest.raises(ConfigError, match="kernel is held as nf4 already; quantize the base as it was before"):
+        vj.quantize(held, "int8")
+    with pytest.raises(ConfigError, match="quantize 'fp3' must be one of 'int8', 'nf4'"):
+        vj.quantize({"kernel": jnp.ones((64, 2))}, "fp3")
     with pytest.raises(ConfigError, match="quantize 'fp3' must be one of 'int8', 'nf4'"):
         encode(jnp.ones((16, 2)), "fp3")
     with pytest.raises(ConfigError, match="a kernel of 20 inputs can't be held as nf4: no multiple of 16"):

@@ -68,6 +68,25 @@ def test_one_that_leaves_is_missing_and_may_come_again():
     assert result == [None]
 
 
+def test_one_that_left_is_not_counted_when_the_last_comes():
+    """Process 1 hangs up and comes again after process 2, and nothing in between gives occasion to notice it."""
+    port = free_port()
+    address, result = f"localhost:{port}", []
+    roll = threading.Thread(target=lambda: result.append(rollcall.call(address, 3, 20)))
+    roll.start()
+    while not answers(address):
+        time.sleep(0.01)
+    with socket.create_connection(("localhost", port)) as one:
+        one.sendall(b"[1, 3]\n")
+    with ThreadPoolExecutor() as pool:
+        two = pool.submit(rollcall.answer, address, 2, 3, 20)
+        time.sleep(0.1)  # process 2 is heard, and the dead connection of process 1 is there still
+        pool.submit(rollcall.answer, address, 1, 3, 20).result()
+        two.result()
+    roll.join(20)
+    assert result == [None]
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         address = f"localhost:{server.getsockname()[1]}"

@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from tiny_sweep import LORA, MODEL, RUN, members, write_base
 from vlora_jax.errors import ConfigError, ResumeError
 from vlora_jax.experiments import outcomes, sweep_report
 from vlora_jax.experiments.session import Standing
-from vlora_jax.experiments.sweep import Member, SweepConfig, frozen_at_random, load_sweep, open_sweep, programs
+from vlora_jax.experiments.sweep import SWEEP, Member, SweepConfig, frozen_at_random, load_sweep, open_sweep, programs
 from vlora_jax.experiments.sweep import members as members_of
 from vlora_jax.training.config import load_config
 from vlora_jax.training.progress import Progress
@@ -71,6 +72,15 @@ def test_bad_input_is_one_line_and_exit_code_2(values, message, tmp_path, capsys
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_results_from_before_an_option_was_there_stay_its_own(tmp_path):
+    given = load_sweep(sweep_file(tmp_path))
+    open_sweep(given, members_of(given)[0])
+    assert "quantize" not in (Path(given.results) / SWEEP).read_text(), "as it was written then"
+    quantised = load_sweep(sweep_file(tmp_path), ["quantize=nf4"])
+    with pytest.raises(ResumeError, match=r"quantize was absent, is 'nf4'"):
+        open_sweep(quantised, members_of(quantised)[0])
 
 
 def test_the_results_of_another_sweep_are_refused(tmp_path):

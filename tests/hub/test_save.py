@@ -92,6 +92,15 @@ def test_bfloat16_is_written_bit_for_bit(tmp_path):
     assert config_of(tmp_path / "model")["dtype"] == "bfloat16"
 
 
+def test_of_a_quantised_base_the_values_are_written(tmp_path):
+    graphdef, base = write(tmp_path / "model")
+    held = vj.quantize(base, "nf4")
+    save(tmp_path / "held", graphdef, held)
+    read = flatten(load_model(tmp_path / "held").base)
+    for path, leaf in flatten(vj.merge(held)).items():
+        np.testing.assert_array_equal(read[path], leaf, path)
+
+
 def test_a_model_on_a_mesh_is_written_like_one_on_a_device(tmp_path):
     write(tmp_path / "one", max_shard="8KB")
     many = load_model(tmp_path / "one", make_mesh(data=2, fsdp=2, tensor=2))

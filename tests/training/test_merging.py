@@ -14,6 +14,8 @@ from test_loop import LORA, TINY
 
 import vlora_jax as vj
 from vlora_jax.adapters.trees import flatten
+from vlora_jax.checkpoint import fingerprint
+from vlora_jax.errors import BaseMismatchError
 from vlora_jax.hub.load import load_model
 from vlora_jax.hub.peft import read_peft, write_peft
 from vlora_jax.hub.save import save
@@ -53,6 +55,34 @@ def run(members):
 def logits(adapter):
     graphdef, base, _ = model()
     return np.asarray(jax.jit(functools.partial(vj.apply, graphdef))(base, adapter, IDS))
+
+
+def test_what_one_trains_whole_and_another_adapts_is_no_lora(members, tmp_path, capsys):
+    """Such a run could be written, and not read again."""
+    folder, _ = members
+    _, base, names = model()
+    whole = moved(vj.init(vj.LoRA(rank=1, targets="v", full="attn/q"), jax.random.key(0), base))
+    write_peft(tmp_path / "whole", whole, base, names, base_name=str(folder / "model"))
+    arguments = ("merge", folder / "one", tmp_path / "whole", "--as", "lora", "--rank", FULL)
+    code, _, error = call(capsys, *arguments, "--out", tmp_path / "both")
+    assert code == 2
+    assert "attn/q/kernel is trained whole by one of them and adapted by another" in error
+    assert not (tmp_path / "both").exists()
+
+
+def test_files_made_on_a_quantised_base_say_so_and_are_read_on_it(members, tmp_path):
+    from vlora_jax.training.exchange import import_adapter
+    from vlora_jax.training.subjects import open_subject
+
+    folder, adapters = members
+    _, base, names = model()
+    held = vj.quantize(base, "int8")
+    write_peft(tmp_path / "held", adapters["two"], held, names, base_name=str(folder / "model"))
+    with pytest.raises(BaseMismatchError, match=r"as quantize=int8 holds it, this one is .*; is it another head"):
+        read_peft(tmp_path / "held", base, names)
+    run = import_adapter(tmp_path / "held", tmp_path / "run", {"source": str(folder / "model")})
+    for found in (open_subject(str(tmp_path / "held")).base, run.base):
+        assert fingerprint(found) == fingerprint(held)
 
 
 def test_a_weighted_sum_becomes_a_run_with_a_lora(members, run, tmp_path, capsys):

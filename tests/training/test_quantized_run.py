@@ -58,13 +58,22 @@ def test_a_merge_goes_onto_the_values_that_were_trained_on(trained, tmp_path):
     more = config(tmp_path / "more", "model=null", f"init_from={tmp_path / 'merged'}", "steps=1")
     result, _ = quiet(more)
     assert result.progress.first["loss"] == pytest.approx(held_out(run, read_run(run).step), abs=1e-5)
-    assert not any(map(is_quantized, flatten(read_run(tmp_path / "merged").base).values()))
+    merged = read_run(tmp_path / "merged")
+    assert not any(map(is_quantized, flatten(merged.base).values()))
+    assert merged.config.quantize is None
 
 
 def test_its_adapter_is_not_taken_for_one_of_the_base_as_it_was(trained, base):
     run, *_ = trained
     with pytest.raises(BaseMismatchError, match="its base was held as nf4: merge it, or give the run itself"):
         open_adapter(str(run), open_model(str(base)))
+
+
+def test_an_adapter_of_the_base_as_it_was_is_not_taken_for_one_of_a_quantised_base(trained, base, tmp_path):
+    run, *_ = trained
+    quiet(config(tmp_path / "plain", *LORA, f"init_from={base}", "steps=1", "optimizer.warmup=1"))
+    with pytest.raises(BaseMismatchError, match="this one is held as nf4: give the adapter's own run, or the model as"):
+        open_adapter(str(tmp_path / "plain"), open_model(str(run)))
 
 
 def test_a_base_that_trains_or_has_nothing_to_hold_so_is_refused(base, tmp_path):

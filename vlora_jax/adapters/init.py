@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray
 from vlora_jax.adapters.adapter import Adapter
 from vlora_jax.adapters.method import Method
 from vlora_jax.adapters.sites import Site, as_patterns, find_sites, select
-from vlora_jax.adapters.trees import Tree, flatten, matching
+from vlora_jax.adapters.trees import Tree, flatten, matching, shapes_only
 from vlora_jax.errors import ConfigError, TargetError, expect
 
 
@@ -56,6 +56,9 @@ def whole_leaves(method: Method, base: Tree, sites: list[Site]) -> dict[str, Any
     clash = next((path for path in hits if path in adapted), None)
     if clash:
         raise ConfigError(f"{clash} is both adapted and trained whole; exclude it from one of them")
+    bare = next((path for path in hits if shapes_only(leaves[path])), None)
+    if bare:
+        raise ConfigError(f"{bare} is trained whole and starts from its values; the base has shapes only")
     return {path: leaves[path].astype(jnp.float32) for path in hits}
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, PRNGKeyArray
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.options import check_dropout, check_type, is_table
 from vlora_jax.adapters.sites import Patterns, Site
-from vlora_jax.adapters.trees import Tree, flatten
+from vlora_jax.adapters.trees import Tree, flatten, shapes_only
 from vlora_jax.adapters.view import thin
 from vlora_jax.errors import ConfigError, ConversionError
 
@@ -269,7 +269,7 @@ class SiteMethod(Method):
         trainable, frozen = {}, {}
         leaves = flatten(base)
         for site in sites:
-            if self.reads_base and isinstance(leaves[site.leaf_path], jax.ShapeDtypeStruct):
+            if self.reads_base and shapes_only(leaves[site.leaf_path]):
                 raise ConfigError(f"{self.name}: it starts from the values of {site.path}; the base has shapes only")
             kernel = site.read(leaves) if self.reads_base else None
             factors = self.init_stack(site_key(key, site.path), site, kernel)

@@ -7,7 +7,7 @@ kernel's shape and dtype. Layers decode it where they use it, in every forward a
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,9 @@ class Quantized:
         """One layer, or some; by their axis only."""
         return jax.tree.map(lambda part: part[index], self)
 
+    def __jax_array__(self) -> Array:
+        return self.values()  # for layers of others, which know arrays only
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.values(), dtype)
 
@@ -132,18 +135,26 @@ def block_of(inputs: int) -> int | None:
     return next((block for block in BLOCKS if inputs % block == 0), None)
 
 
+def checked(form: str) -> Form:
+    """Raises ConfigError for what is no form."""
+    if form not in get_args(Form):
+        raise ConfigError(f"quantize {form!r} must be one of {', '.join(map(repr, get_args(Form)))}")
+    return cast(Form, form)
+
+
 def encode(kernel: Float[Array, "*stack in out"], form: Form, closing: bool = False) -> Quantized:
     """A kernel in fewer bits, each value the nearest there is; layer by layer, so that little memory is taken beside.
 
     `"int8"`: symmetric, the largest of a channel's inputs at 127.5. `"nf4"`: the largest of a block's inputs at ±1,
     the others at the nearest of the 16 quantiles of a normal distribution that arXiv 2305.14314 gives.
 
+    Codes depend on products alone, which are the same on every kind of device; quotients are not, and a base that was
+    held in other codes elsewhere would not be known again.
+
     Raises:
       ConfigError: the form is none of the two, or no block size divides the kernel's inputs.
     """
-    if form not in get_args(Form):
-        raise ConfigError(f"quantize {form!r} must be one of {', '.join(map(repr, get_args(Form)))}")
-    one: Callable[[Array], tuple[Array, Array]] = _int8 if form == "int8" else _nf4
+    one: Callable[[Array], tuple[Array, Array]] = _int8 if checked(form) == "int8" else _nf4
     if form == "nf4" and block_of(kernel.shape[-2]) is None:
         raise ConfigError(f"a kernel of {kernel.shape[-2]} inputs can't be held as nf4: no multiple of {BLOCKS[-1]}")
     flat = kernel.reshape(-1, *kernel.shape[-2:])
@@ -154,8 +165,10 @@ def encode(kernel: Float[Array, "*stack in out"], form: Form, closing: bool = Fa
 
 def _int8(kernel: Array) -> tuple[Array, Array]:
     largest = jnp.abs(kernel).max(axis=0, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest / INT8_BOUND, 1)
-    return jnp.round(kernel / scale).clip(-128, 127).astype(jnp.int8), scale
+    scale = jnp.where(largest > 0, largest * (1 / INT8_BOUND), 1)
+    near = jnp.round(kernel / scale)
+    code = near + (kernel > (near + 0.5) * scale) - (kernel <= (near - 0.5) * scale)
+    return code.clip(-128, 127).astype(jnp.int8), scale
 
 
 def _nf4(kernel: Array) -> tuple[Array, Array]:
@@ -163,8 +176,7 @@ def _nf4(kernel: Array) -> tuple[Array, Array]:
     blocks = kernel.reshape(-1, block_of(inputs) or 0, out)
     largest = jnp.abs(blocks).max(axis=1).astype(jnp.float32)
     scale = jnp.where(largest > 0, largest, 1)
-    values = blocks / scale[:, None]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
-    codes = sum((values > middle).astype(jnp.uint8) for middle in middles)
+    codes = sum((blocks > middle * scale[:, None]).astype(jnp.uint8) for middle in middles)
     low, high = jnp.split(codes, 2, axis=1)
     return (low | (high << 4)).reshape(-1, out), scale

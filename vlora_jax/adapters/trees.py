@@ -59,6 +59,11 @@ def variables(tree: Tree) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in leaves}
 
 
+def shapes_only(tree: Tree) -> bool:
+    """Whether a tree, or a leaf, has shapes where values should be."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether a regular expression matches one or more whole components of a path.
 

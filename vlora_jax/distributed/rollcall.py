@@ -39,11 +39,15 @@ def call(address: str, count: int, seconds: float) -> None:
     here: dict[int, socket.socket] = {}
     refused: list[socket.socket] = []
     with listening(address) as server:
-        while not wrong and len(here) < count - 1 and time.monotonic() < end:
+        while not wrong and time.monotonic() < end:
+            here = {
+                process: caller for process, caller in here.items() if waits(caller)
+            }  # one that left may come again
+            if len(here) == count - 1:
+                break
             try:
                 caller, _ = server.accept()
             except TimeoutError:
-                here = {process: caller for process, caller in here.items() if waits(caller)}
                 continue
             said = heard(caller)
             if said is None:

@@ -29,7 +29,7 @@ from vlora_jax.adapters.adapter import count
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.errors import CheckpointError, ConfigError, NonFiniteError, VloraError, nearest
 from vlora_jax.experiments.budget import fitted
-from vlora_jax.training.config import RunConfig, Section, load_config
+from vlora_jax.training.config import ADDED, RunConfig, Section, load_config
 from vlora_jax.training.evaluate import held_out_marks
 from vlora_jax.training.job import load_data
 from vlora_jax.training.loop import train
@@ -39,7 +39,6 @@ from vlora_jax.training.reading import explain, read_yaml
 from vlora_jax.training.runs import write_whole
 
 IGNORED = ("run_dir", "log", "checkpoint")  # of a run's config: they change nothing that is compared
-ADDED = ("quantize",)  # options that came later: where they are not used, results of before stay valid
 
 
 class Budget(Section):

@@ -125,9 +125,11 @@ def load_model(
     values: dict[str, Any] = {}
     for group in groups(done.reads):
         values |= read_group(store, names, group, shapes, places, mesh)
-        for path in (read.path for read in group if is_quantized(held_places[read.path])):
-            values[path] = turned_into(values[path], held_places[path])
-        give_back_memory()
+        fewer_bits = {read.path: there for read in group if is_quantized(there := held_places[read.path])}
+        for path, there in fewer_bits.items():
+            values[path] = turned_into(values[path], there)
+        if fewer_bits:
+            give_back_memory()
     check_copies(store, done, values, names, places)
     if done.fresh:
         values |= draw(found.config, done.fresh, key, places)

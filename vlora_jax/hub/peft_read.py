@@ -22,6 +22,7 @@ from vlora_jax.hub.peft_modules import Module, Modules, exact
 from vlora_jax.hub.peft_plan import PREFIX, ROWS, Plan, check_copies, compare
 
 FINGERPRINT = "vlora_jax.base"  # in the metadata of the files that we write
+QUANTIZE = "vlora_jax.quantize"  # the same: how that base was held, if in fewer bits
 
 
 def read_peft(
@@ -57,15 +58,21 @@ def read_peft(
     if FINGERPRINT in metadata and not any_base:
         found = fingerprint(base, adapters)
         if found != metadata[FINGERPRINT]:
+            held = f" as quantize={metadata[QUANTIZE]} holds it" if QUANTIZE in metadata else ""
             raise BaseMismatchError(
-                f"{tensor_file} was made for the base {metadata[FINGERPRINT]}, this one is {found}; "
-                f"is it another head or dtype? any_base=True (--any-base) uses it all the same"
+                f"{tensor_file} was made for the base {metadata[FINGERPRINT]}{held}, this one is {found}; "
+                f"is it another head or dtype, or quantised otherwise? any_base=True (--any-base) uses it all the same"
             )
     if not fresh and not any(changes(adapter, plan.modules) for adapter in adapters):
         raise AdapterFileError(
             f"{tensor_file}: no tensor changes the base; fresh=True (--fresh) reads an adapter that is not trained yet"
         )
     return adapters
+
+
+def base_form(directory: str | Path) -> Any:
+    """In which form the base was held for which we wrote an adapter; None if as it is, or if others wrote it."""
+    return read_tensors(find(Path(directory))[1])[1].get(QUANTIZE)
 
 
 def fingerprint(base: Tree, adapters: Sequence[Adapter]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.quantize import form_of as held_form
 from vlora_jax.adapters.token_rows import TokenRows
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.errors import AdapterFileError, ConversionError, ResourceError
@@ -23,7 +24,7 @@ from vlora_jax.hub.peft_forms import form_of
 from vlora_jax.hub.peft_forms.form import Form, Leaf, Place
 from vlora_jax.hub.peft_modules import Module, Modules, prefixes
 from vlora_jax.hub.peft_plan import PREFIX, ROWS, keys_of, place_of, tied_copies
-from vlora_jax.hub.peft_read import FINGERPRINT, fingerprint, read_peft
+from vlora_jax.hub.peft_read import FINGERPRINT, QUANTIZE, fingerprint, read_peft
 
 PEFT_VERSION = "0.21.0"  # whose format this is
 TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "lm": "CAUSAL_LM"}
@@ -85,6 +86,8 @@ def write_peft(
     }
     about = form.about({name: value for name, value in config.items() if name not in COMMON})
     metadata = {"format": "pt", FINGERPRINT: fingerprint(base, several)}
+    held = held_form(base)
+    metadata |= {} if held is None else {QUANTIZE: held}
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.refuse_used(out)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

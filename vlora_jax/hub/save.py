@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from vlora_jax.adapters.quantized import whole
 from vlora_jax.adapters.trees import Tree, flatten
 from vlora_jax.checkpoint import refuse_used
 from vlora_jax.errors import ConfigError, ConversionError, ResourceError
@@ -82,7 +83,8 @@ def save(
 
     Args:
       directory: to be made; it may exist if it is empty. It appears as a whole or not at all.
-      graphdef, base: a model as `split` gives it, without adapters: `merge` them first.
+      graphdef, base: a model as `split` gives it, without adapters: `merge` them first. Of a quantised base the
+        values are written.
       like: where the model was loaded from; its `config.json` is kept but for what has changed, and its tokenizer's
         files and `generation_config.json` are copied. Without it a `config.json` is written from ours.
       max_shard: the largest file, `"5GB"` or bytes.
@@ -246,7 +248,8 @@ class Fetch:
         return array
 
     def _as_stored(self, path: str, leaf: Any, layer: Any) -> Any:
-        one = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        cut = lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
+        one = whole(leaf if layer is None else jax.tree.map(cut, leaf))
         return self._names.to_file(path, one).astype(self._dtype)
 
 

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from vlora_jax.adapters.kept import keep
-from vlora_jax.adapters.quantized import Quantized, is_quantized
-from vlora_jax.distributed.activations import along, between, by_row, gathered
+from vlora_jax.distributed.activations import along, between, by_row
 from vlora_jax.models.attention import attention
 from vlora_jax.models.blocks import Mask, heads_first
 from vlora_jax.models.elementwise import GATED, PLAIN, light, normalised
+from vlora_jax.models.linear import Linear
 from vlora_jax.models.rotary import Rotary, RotaryScaling, frequencies
 from vlora_jax.models.stack import Remat
 from vlora_jax.vertical.config import Vertical
@@ -106,24 +106,6 @@ LLAMA_STYLE: dict[str, Any] = {
     "causal": True,
     "rotary_theta": 10_000.0,
 }
-
-
-class Linear(nnx.Linear):
-    """`nnx.Linear` on activations flattened to `(tokens, features)`.
-
-    XLA's CPU backend writes a transposed copy of the cotangent for products over three-dimensional activations.
-    """
-
-    def __call__(self, inputs: Float[Array, "*batch in"], out_sharding: Any = None) -> Float[Array, "*batch out"]:
-        flat, stored = inputs.reshape(-1, inputs.shape[-1]), cast(Any, self.kernel.get_value())
-        flat = self._decoded(flat, stored) if is_quantized(stored) else super().__call__(flat, out_sharding)
-        return flat.reshape(*inputs.shape[:-1], self.out_features)
-
-    def _decoded(self, flat: Float[Array, "tokens in"], stored: Quantized) -> Float[Array, "tokens out"]:
-        bias = None if self.bias is None else self.bias.get_value()
-        flat, kernel, bias = self.promote_dtype((flat, gathered(stored).values(), bias), dtype=self.dtype)
-        y = flat @ kernel
-        return y if bias is None else y + bias
 
 
 def linear(

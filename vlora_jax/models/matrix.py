@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from vlora_jax.models.layers import Linear
+from vlora_jax.models.linear import Linear
 
 
 class MatrixConfig(BaseModel):

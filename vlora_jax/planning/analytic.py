@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from vlora_jax.adapters.adapter import count
+from vlora_jax.adapters.quantized import is_quantized
 from vlora_jax.adapters.sites import find_sites
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.distributed.chips import Chip
@@ -22,9 +23,9 @@ def estimate(shapes: Outline, chip: Chip) -> dict[str, Any]:
     """A worker's answer without a compiler: peak, whether it fits, collectives.
 
     What is assumed: kernels that lie over `fsdp` are gathered layer by layer, two layers at a time, once in either
-    direction (as the TPU compiler does, also with remat); the backward pass keeps what the remat policy keeps;
-    gradients of what trains are summed over `data` and `fsdp`; each layer's two branches are summed over `tensor` in
-    either direction.
+    direction (as the TPU compiler does, also with remat); of a quantised base one layer's kernel is decoded at a time;
+    the backward pass keeps what the remat policy keeps; gradients of what trains are summed over `data` and `fsdp`;
+    each layer's two branches are summed over `tensor` in either direction.
     """
     mesh, model, batch = shapes.mesh.shape, shapes.model, shapes.batch
     if isinstance(model, MatrixConfig):
@@ -43,14 +44,16 @@ def estimate(shapes: Outline, chip: Chip) -> dict[str, Any]:
     vocabulary = getattr(model, "vocabulary", 0) // tensor
     logits = 3 * 4 * min(tokens, CHUNK) * vocabulary
     gathered = 2 * layer if fsdp > 1 else 0
+    held = [leaf for leaf in leaves.values() if is_quantized(leaf)]
+    decoded = max((leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in held), default=0) // tensor
     trained = sum(count(leaf) * 4 for leaf in jax.tree.leaves(shapes.state.trainable))
-    temporaries = model.layers * tokens * kept * size + max(widest, logits) + gathered + trained
+    temporaries = model.layers * tokens * kept * size + max(widest, logits) + gathered + decoded + trained
     parts = lasting_bytes(shapes)
     peak = sum(parts.values()) + temporaries
     passes = 2 * shapes.config.accumulate
     found: dict[str, dict[str, int]] = {}
     if fsdp > 1:
-        gathers = sum(kernels[path].layers for path in leaves)
+        gathers = sum(kernels[path].layers * len(jax.tree.leaves(leaf)) for path, leaf in leaves.items())
         found["all-gather"] = traffic(passes * gathers, passes * whole, (fsdp - 1) / fsdp)
     sums, reduced = 0, 0
     if data * fsdp > 1:

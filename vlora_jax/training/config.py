@@ -32,6 +32,7 @@ from vlora_jax.training.reading import TAGS, explain, flat_keys, parse_override,
 from vlora_jax.vertical.config import MethodField, Vertical
 
 ANYTIME: dict[str, Any] = {"anytime": True}  # may change between a run's start and its continuation
+ADDED = ("quantize",)  # options that came later: where they are not used, what was done before stays valid
 
 
 class Section(BaseModel):
@@ -225,7 +226,9 @@ class RunConfig(Section):
         """What a run's result depends on, by dotted key; the rest may change at any time."""
         schema = anytime_keys(RunConfig)
         at_any_time = lambda key: any(f"{key}.".startswith(f"{each}.") for each in schema)
-        return {key: value for key, value in flat_keys(self.plain()).items() if not at_any_time(key)}
+        added = lambda key, value: value is None and key in ADDED
+        flat = flat_keys(self.plain()).items()
+        return {key: value for key, value in flat if not at_any_time(key) and not added(key, value)}
 
     def identity(self) -> dict[str, Any]:
         """What makes a continued run the same run, by dotted key."""

@@ -20,6 +20,7 @@ from vlora_jax.hub import save
 from vlora_jax.hub.names import Names
 from vlora_jax.hub.peft import Exported, as_lora, read_peft, write_peft
 from vlora_jax.hub.peft_file import find, read_json, read_tensors
+from vlora_jax.hub.peft_read import base_form
 from vlora_jax.models.build import ModelConfig, abstract_model
 from vlora_jax.models.matrix import MatrixConfig
 from vlora_jax.models.vit import ViTConfig
@@ -85,7 +86,8 @@ def read_adapter(
 
     Args:
       model: fields of the run's model section, `{"source": …, "head": …}`.
-      overrides: of other sections, such as `data`, for `vlora-jax eval`.
+      overrides: of other sections, such as `data`, for `vlora-jax eval`; without `quantize` the base is held as the
+        file says that it was.
       fresh: allow an adapter that changes nothing yet.
       any_base: allow one that we wrote for another base.
 
@@ -99,6 +101,8 @@ def read_adapter(
     except ValidationError as error:
         raise ConfigError(explain(error, PretrainedConfig)) from None
     start = load_config(None, overrides).model_copy(update={"model": section})
+    if start.quantize is None and not any_base:
+        start = start.model_copy(update={"quantize": base_form(adapter)})
     shape = model_config_of(start)
     base = parameters(start, shape, make_mesh(devices=jax.devices()[:1]), None)
     adapters = read_peft(adapter, base, names_of_run(start), fresh=fresh, any_base=any_base)

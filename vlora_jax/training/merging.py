@@ -106,12 +106,19 @@ def write_as_lora(
       The run; what the LoRA leaves out of each site's change, one value a layer; and what became of its intruders.
 
     Raises:
-      ConversionError: see `as_lora`.
+      ConversionError: see `as_lora`; or one member trains whole what another adapts.
       ConfigError: `keep` is no share.
       ResourceError: the directory is not empty.
     """
     if blended.adapter is None:
         raise ConversionError(f"{blended.run} has no adapter")
+    whole = blended.adapter.trainable["full"]
+    both = next((site.leaf_path for site in blended.adapter.sites if site.leaf_path in whole), None)
+    if both:
+        raise ConversionError(
+            f"{both} is trained whole by one of them and adapted by another, which no single adapter holds; merge them "
+            f"into the model, without --as lora"
+        )
     checkpoint.refuse_used(out)  # before SVDs that may take long
     params = expand(blended.graphdef, opened_run(blended).base)[1]
     lora, residuals = as_lora(params, blended.adapter, rank, limit, plain=False)

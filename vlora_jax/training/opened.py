@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from vlora_jax.adapters.adapter import Adapter
+from vlora_jax.adapters.quantize import form_of
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.mesh import make_mesh
 from vlora_jax.errors import BaseMismatchError, ConfigError
@@ -103,7 +104,17 @@ def open_adapter(where: str, opened: Opened) -> list[Adapter]:
         raise ConfigError(f"{where} trained a model, not an adapter; give it as the model")
     adapters = [trained.adapter]
     if trained.base is None or fingerprint(trained.base, adapters) != fingerprint(opened.base, adapters):
-        form = trained.config.quantize
-        held = "" if form is None else f"; its base was held as {form}: merge it, or give the run itself as the model"
-        raise BaseMismatchError(f"{where}: its adapter was trained on another base than this model{held}")
+        raise BaseMismatchError(
+            f"{where}: its adapter was trained on another base than this model{otherwise_held(trained, opened)}"
+        )
     return adapters
+
+
+def otherwise_held(trained: Trained, opened: Opened) -> str:
+    """What to say if a run's base and a model are held in different forms; empty if they are not."""
+    form, here = trained.config.quantize, form_of(opened.base)
+    if form == here:
+        return ""
+    if form is None:
+        return f"; this one is held as {here}: give the adapter's own run, or the model as it was"
+    return f"; its base was held as {form}: merge it, or give the run itself as the model"

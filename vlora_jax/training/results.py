@@ -217,7 +217,7 @@ def write_ordinary(trained: Trained, out: Path) -> Written:
     if not jnp.isfinite(after).all():
         raise ConversionError(f"{out}: the merged model's logits are not finite")
     model = trained.model.model_copy(update={"vertical": None})
-    config = trained.config.model_copy(update={"model": model, "init_from": None, "adapter": None})
+    config = trained.config.model_copy(update={"model": model, "init_from": None, "adapter": None, "quantize": None})
     about = {"source_step": None, "data_fingerprint": data.fingerprint}
     made_from = {"run": str(trained.run), "step": trained.step}
     whole = dataclasses.replace(trained, config=config, model=model, about=about)

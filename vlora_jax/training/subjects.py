@@ -15,7 +15,7 @@ from vlora_jax.errors import BaseMismatchError, CheckpointError, ConfigError
 from vlora_jax.hub.load import load_model
 from vlora_jax.hub.peft import read_peft
 from vlora_jax.hub.peft_file import CONFIG as PEFT_CONFIG
-from vlora_jax.hub.peft_read import fingerprint
+from vlora_jax.hub.peft_read import base_form, fingerprint
 from vlora_jax.training.exchange import head_of, source_of
 from vlora_jax.training.opened import open_model
 from vlora_jax.training.results import Trained, read_run
@@ -104,7 +104,8 @@ def _of_run(where: str, trained: Trained) -> Subject:
 
 def _of_peft(where: str, source: str) -> Subject:
     told = head_of(Path(where))
-    model = load_model(source, head=told.get("head"), classes=told.get("classes"), notify=lambda line: None)
+    form, silent = base_form(where), lambda line: None
+    model = load_model(source, head=told.get("head"), classes=told.get("classes"), quantize=form, notify=silent)
     adapters = read_peft(where, model.base, model.names, fresh=True)
     about = {"base": source, "model": model.config.model_dump(mode="json")}
     return Subject(where, "PEFT adapter", model.graphdef, model.base, tuple(adapters), about=about)
