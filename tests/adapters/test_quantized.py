@@ -111,13 +111,13 @@ def test_inputs_that_no_block_divides_stay_whole_and_are_named():
 @pytest.mark.parametrize("name", mostly_slow(METHODS, QUICK))
 def test_a_method_does_on_codes_what_it_does_on_the_values_they_stand_for(name, form):
     """Start, change, gradient and merge; so that what is shown of a method on any base holds on this one."""
-    if name == "lorta":
-        pytest.skip("takes kernels of one size only")
+    if name in ("lorta", "bitfit"):
+        pytest.skip("takes kernels of one size only, or biases, which this model has none of")
     graphdef, base = model()
     held = vj.quantize(base, form)
     values = vj.merge(held)
     assert not kernels(values)
-    own_targets = METHODS[name].targets == "embeddings" or name in ("bitfit", "ln_tuning")
+    own_targets = METHODS[name].targets == "embeddings" or name == "ln_tuning"
     method = small(name) if own_targets else small(name, targets="attention")
     start = lambda base: vj.init(method, jax.random.key(1), base)
     one, two = jax.jit(start)(held), jax.jit(start)(values)
