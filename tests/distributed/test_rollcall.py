@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from launch import free_port
@@ -31,6 +31,15 @@ def outcomes(count: int, *others: tuple[int, int], seconds: float = 10) -> list[
         return [each.result() for each in calls]
 
 
+def called() -> tuple[int, Future]:
+    """The port where process 0 of 3 calls the roll, listening already, and what will come of it."""
+    port = free_port()
+    roll = ThreadPoolExecutor(1).submit(rollcall.call, f"localhost:{port}", 3, 20)
+    while not answers(f"localhost:{port}"):
+        time.sleep(0.01)
+    return port, roll
+
+
 def test_all_go_on_when_all_are_there():
     assert outcomes(4, (3, 4), (1, 4), (2, 4)) == [""] * 4
     assert outcomes(1) == [""]
@@ -49,12 +58,8 @@ def test_processes_that_contradict_each_other_are_told_so_at_once():
 
 def test_one_that_leaves_is_missing_and_may_come_again():
     """And who only looks whether someone is there, or says something else, is none of them."""
-    port = free_port()
-    address, result = f"localhost:{port}", []
-    roll = threading.Thread(target=lambda: result.append(rollcall.call(address, 3, 20)))
-    roll.start()
-    while not answers(address):
-        time.sleep(0.01)
+    port, roll = called()
+    address = f"localhost:{port}"
     dial = lambda: socket.create_connection(("localhost", port))
     with dial() as stranger, dial() as one:
         stranger.sendall(b"GET / HTTP/1.1\r\n")
@@ -63,19 +68,15 @@ def test_one_that_leaves_is_missing_and_may_come_again():
     threads = [threading.Thread(target=rollcall.answer, args=(address, process, 3, 20)) for process in (1, 2)]
     for thread in threads:
         thread.start()
-    for thread in (*threads, roll):
+    for thread in threads:
         thread.join(20)
-    assert result == [None]
+    roll.result(20)
 
 
 def test_one_that_left_is_not_counted_when_the_last_comes():
     """Process 1 hangs up and comes again after process 2, and nothing in between gives occasion to notice it."""
-    port = free_port()
-    address, result = f"localhost:{port}", []
-    roll = threading.Thread(target=lambda: result.append(rollcall.call(address, 3, 20)))
-    roll.start()
-    while not answers(address):
-        time.sleep(0.01)
+    port, roll = called()
+    address = f"localhost:{port}"
     with socket.create_connection(("localhost", port)) as one:
         one.sendall(b"[1, 3]\n")
     with ThreadPoolExecutor() as pool:
@@ -83,8 +84,7 @@ def test_one_that_left_is_not_counted_when_the_last_comes():
         time.sleep(0.1)  # process 2 is heard, and the dead connection of process 1 is there still
         pool.submit(rollcall.answer, address, 1, 3, 20).result()
         two.result()
-    roll.join(20)
-    assert result == [None]
+    roll.result(20)
 
 
 def test_a_port_that_is_taken_is_named():

@@ -135,7 +135,7 @@ class DeepLoRA(LowRank):
     @property
     def usual_rate(self) -> float:
         """The default suits the narrow form; the others' factors are as wide as kernels, and move further."""
-        return self.default_rate if self.form == "narrow" else 1e-3
+        return self.default_rate if self.form == "narrow" else LowRank.default_rate
 
     def rates(self) -> dict[str, float]:
         return {"frame": self.frame_rate} if self.frame_rate else {}

@@ -40,9 +40,7 @@ def call(address: str, count: int, seconds: float) -> None:
     refused: list[socket.socket] = []
     with listening(address) as server:
         while not wrong and time.monotonic() < end:
-            here = {
-                process: caller for process, caller in here.items() if waits(caller)
-            }  # one that left may come again
+            here = {process: caller for process, caller in here.items() if waits(caller)}  # who left may come again
             if len(here) == count - 1:
                 break
             try:
