@@ -13,12 +13,14 @@ from programs import parameters
 from rich.console import Console
 
 import vlora_jax as vj
+from vlora_jax.adapters.deep_lora import compress
 from vlora_jax.adapters.method import Factors, Slope
 from vlora_jax.adapters.probe import measured
 from vlora_jax.training.config import RunConfig, load_config
-from vlora_jax.training.job import Job
+from vlora_jax.training.job import Job, keys
 from vlora_jax.training.loop import train
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
+from vlora_jax.training.results import read_run
 from vlora_jax.training.step import Subject, evaluate_step, leaf_names, train_step
 
 DESCENT = OptimizerConfig(name="sgd", rate=1.0, schedule="constant", warmup=0, decay=0.0, clip=None, b1=0.0)
@@ -200,3 +202,49 @@ def test_what_is_measured_on_several_devices_is_measured_of_all(tmp_path):
         assert np.abs(own["d"]).max() > 1e-4
         close = np.isclose(own["d"], two.frozen["sites"][path]["d"], atol=1e-6)
         assert close.mean() > 0.95, "but for tokens on the edge between two ranks"
+
+
+MATRIX = [
+    "model.family=matrix", "model.rows=12", "model.columns=16", "data.name=low_rank", "data.rows=12", "data.columns=16",
+    "data.rank=2", "data.observed=0.8", "adapter.method=deep_lora", "adapter.form=compressed", "adapter.rank=4",
+    "optimizer.rate=1e-2", "optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.decay=0", "steps=300",
+    "evaluate.every=300", "evaluate.metric=loss", "evaluate.batch=1", "checkpoint.every=150", "log.tensorboard=false",
+]  # fmt: skip
+
+
+def test_a_start_that_is_made_of_a_gradient_is_made_of_the_first_batch_s(tmp_path):
+    """By NumPy: the wide start, the slope of the squared error of the entries that are seen, and what compresses it."""
+    job = Job.of(load_config(None, [*MATRIX, "run_dir=unused"]), jax.devices()[:1])
+    with jax.set_mesh(job.mesh):
+        base, state = job.start()
+    method, (path,) = job.subject.adapter.method, state.trainable["sites"]
+    wide = jax.jit(lambda key, base: vj.init(method.opening, key, base))(keys(0)[1], base)
+    f3, f2, f1 = (np.asarray(wide.factors(path)[name], np.float64) for name in ("f3", "f2", "f1"))
+    entries = job.data.train[0]
+    slope = entries["mask"] * (f3 @ f2 @ f1 - entries["targets"])
+    slopes = {"f3": slope @ (f2 @ f1).T, "f2": f3.T @ slope @ f1.T, "f1": (f3 @ f2).T @ slope}
+    gradients = {"sites": {path: {name: np.float32(1e6 * leaf) for name, leaf in slopes.items()}}, "full": {}}
+    expected = jax.jit(compress)(wide, gradients)
+    found = job.subject.adapter_of(state.trainable, state.frozen)
+    assert found.method == expected.method == method
+    spans = lambda adapter: [frame @ np.linalg.pinv(frame) for frame in (*_frames(adapter, path),)]
+    for one, other in zip(spans(found), spans(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def _frames(adapter, path):
+    """Both with their directions as columns."""
+    return np.asarray(adapter.factors(path)["p"]), np.asarray(adapter.factors(path)["q"]).T
+
+
+def test_a_run_from_such_a_start_learns_goes_on_and_can_be_looked_at(tmp_path):
+    """Frames that are no one's would leave the loss at that of zeros, about 1."""
+    config = load_config(None, [*MATRIX, f"run_dir={tmp_path / 'run'}"])
+    quietly = lambda stop: train(config, Console(file=io.StringIO()), stop, jax.devices()[:1])
+    asked = iter(range(150))
+    assert quietly(lambda: next(asked, None) is None).stopped
+    result = quietly(None)
+    assert result.progress.last["loss"] < 0.3
+    (adapter,) = (read_run(tmp_path / "run").adapter,)
+    for path, own in adapter.trainable["sites"].items():
+        np.testing.assert_array_equal(own["m1"], result.state.trainable["sites"][path]["m1"])

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlora_jax.adapters.adapter import Adapter, FactorDict
 from vlora_jax.adapters.factorise import one_at_a_time, qr, svd
-from vlora_jax.adapters.method import Factors, LowRank, one_by_one
+from vlora_jax.adapters.method import Factors, LowRank, Method, one_by_one
 from vlora_jax.adapters.options import check_least, check_rank
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree
@@ -36,7 +36,8 @@ class DeepLoRA(LowRank):
     Attributes:
       depth: N.
       form: `"narrow"` w = rank; `"wide"` w = min(in, out), as in the runs behind the paper; `"widest"`
-        w = max(in, out), as in the repository's later code; `"compressed"`, which `compress` makes of a wide one.
+        w = max(in, out), as in the repository's later code; `"compressed"`, which training and `compress` make of a
+        wide one and its gradient on the first batch.
       rank: of the narrow form, and k of the compressed one, which is even.
       epsilon: ε.
       frame_rate: learning rate of P and Q relative to the M_j's (the paper's γ); 0 freezes them.
@@ -70,6 +71,14 @@ class DeepLoRA(LowRank):
             raise ConfigError(f"{self.name}: frame_rate is {self.frame_rate}; it must not be negative")
 
     @property
+    def opening(self) -> Method:
+        """A wide one, whose gradient says which directions compression keeps."""
+        return replace(self, form="wide") if self.form == "compressed" else self
+
+    def opened(self, adapter: Adapter, gradients: Tree) -> Adapter:
+        return compress(adapter, gradients) if self.form == "compressed" else adapter
+
+    @property
     def names(self) -> list[str]:
         """The factors in the order of their product."""
         if self.form == "compressed":
@@ -92,8 +101,8 @@ class DeepLoRA(LowRank):
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         if self.form == "compressed":
             raise ConfigError(
-                f"{self.name}: form compressed starts from a gradient; start with form wide, and give it and its "
-                f"gradient to vlora_jax.adapters.deep_lora.compress"
+                f"{self.name}: form compressed starts from a gradient, as training does; otherwise start with form "
+                f"wide, and give it and its gradient to vlora_jax.adapters.deep_lora.compress"
             )
         sides = [site.in_dim, *[self.width(site)] * (self.depth - 1), site.out_dim]
         shapes = dict(zip(self.names, itertools.pairwise(sides), strict=True))

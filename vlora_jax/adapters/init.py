@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
@@ -45,6 +46,24 @@ def init(method: Method, key: PRNGKeyArray, base: Tree, sites: list[Site] | None
     adapter = method.init(key, chosen, base)
     full = whole_leaves(method, base, chosen)
     return adapter.with_trainable(adapter.trainable | {"full": full})
+
+
+def adapter_shapes(method: Method, base: Tree) -> Adapter:
+    """What a run of this method starts with on a model, as shapes. It raises what `init` raises.
+
+    >>> from flax import nnx
+    >>> from vlora_jax import DeepLoRA, split
+    >>> graphdef, base = split(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+    >>> adapter = adapter_shapes(DeepLoRA(form="compressed", rank=2), base)
+    >>> {name: factor.shape for name, factor in sorted(adapter.factors("").items())}
+    {'m1': (2, 2), 'm2': (2, 2), 'm3': (2, 2), 'p': (6, 2), 'q': (2, 4)}
+    """
+
+    def start(key: PRNGKeyArray, base: Tree) -> Adapter:
+        adapter = init(method.opening, key, base)
+        return method.opened(adapter, adapter.trainable)
+
+    return jax.eval_shape(start, jax.eval_shape(lambda: jax.random.key(0)), base)
 
 
 def whole_leaves(method: Method, base: Tree, sites: list[Site]) -> dict[str, Any]:

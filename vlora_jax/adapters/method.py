@@ -107,6 +107,20 @@ class Method(ABC):
             if each.name == "dropout":
                 check_dropout(self.name, getattr(self, each.name))
 
+    @property
+    def opening(self) -> "Method":
+        """The method a run starts with where this one's start is made of a gradient; itself for most methods."""
+        return self
+
+    def opened(self, adapter: Adapter, gradients: Tree) -> Adapter:
+        """This method's start.
+
+        Args:
+          adapter: of `opening`, as `init` made it.
+          gradients: of the loss on the run's first batch, without dropout, like `adapter.trainable`; of any scale.
+        """
+        return adapter
+
     @abstractmethod
     def init(self, key: PRNGKeyArray, sites: list[Site], base: Tree) -> Adapter:
         """A new adapter on `sites`; sees all of them at once, for shared tensors and SVD starts."""

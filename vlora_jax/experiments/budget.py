@@ -5,10 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from vlora_jax.adapters.adapter import count
-from vlora_jax.adapters.init import init
+from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.method import Method
 from vlora_jax.errors import ConfigError
 from vlora_jax.models.build import ModelConfig, abstract_model
@@ -59,8 +57,7 @@ def fitted_method(method: Method, steps: int, model: ModelConfig, numbers: int) 
 
 def trained_numbers(method: Method, model: ModelConfig) -> int:
     """What a method trains on a model, beside what it trains whole."""
-    draw = lambda key, base: init(method, key, base).trainable
-    trainable = jax.eval_shape(draw, jax.random.key(0), abstract_model(model)[1])
+    trainable = adapter_shapes(method, abstract_model(model)[1]).trainable
     return count(trainable) - count(trainable["full"])
 
 

@@ -25,7 +25,7 @@ from vlora_jax.data.dataset import DataSet, Example
 from vlora_jax.data.pipeline import TrainBatches
 from vlora_jax.distributed import processes
 from vlora_jax.distributed.mesh import check_batch, make_mesh
-from vlora_jax.distributed.rows import global_batch
+from vlora_jax.distributed.rows import global_batch, local_rows
 from vlora_jax.distributed.specs import base_specs, batch_sharding, shardings
 from vlora_jax.errors import CheckpointError, ConfigError, ResumeError
 from vlora_jax.hub.load import Described, describe, load_model
@@ -36,7 +36,7 @@ from vlora_jax.training.config import PretrainedConfig, RunConfig
 from vlora_jax.training.optimizers import optimizer
 from vlora_jax.training.outline import Outline, outline, placed
 from vlora_jax.training.runs import CHECKPOINTS, best_step, read_config
-from vlora_jax.training.step import Batch, TrainState
+from vlora_jax.training.step import Batch, TrainState, gradient_of
 from vlora_jax.vertical.plan import Choice
 
 TRAINABLE, FROZEN, OPTIMIZER, RNG = "trainable", "frozen", "optimizer", "rng"  # trees of a checkpoint
@@ -235,18 +235,36 @@ class Job(Outline):
         params = self.parameters() if params is None else params
         begin = self.beginning if begin is None else begin
         if self.subject.adapter is not None:
-            return params, begin(params, adapter_key, run_key)
+            return params, begin(params, adapter_key, run_key, self.opening_batch())
         trainable, rest = nnx.split_state(params, nnx.Param, ...)
-        return rest, begin(trainable, adapter_key, run_key)
+        return rest, begin(trainable, adapter_key, run_key, None)
+
+    def opening_batch(self) -> Batch | None:
+        """The first batch, where the adapter's start is made of its gradient."""
+        adapter, config = self.subject.adapter, self.config
+        if adapter is None or adapter.method.opening == adapter.method:
+            return None
+        rows = local_rows(config.data.batch, self.mesh)
+        return self.place(next(TrainBatches(self.data, config.data.batch, config.accumulate, config.seed, rows)))
 
     @cached_property
-    def beginning(self) -> Callable[[Tree, PRNGKeyArray, PRNGKeyArray], TrainState]:
-        """`(parameters that the start reads, key of the adapter, key of the training) → state`, compiled."""
+    def beginning(self) -> Callable[[Tree, PRNGKeyArray, PRNGKeyArray, Batch | None], TrainState]:
+        """`(parameters that the start reads, key of the adapter, key of the training, batch) → state`, compiled.
+
+        The batch is `opening_batch`'s.
+        """
         subject = self.subject
 
-        def begin(params: Tree, adapter_key: PRNGKeyArray, run_key: PRNGKeyArray) -> TrainState:
-            started = params if subject.adapter is None else init(subject.adapter.method, adapter_key, params)
-            return subject.start(started, self.tx, run_key)
+        def begin(params: Tree, adapter_key: PRNGKeyArray, run_key: PRNGKeyArray, batch: Batch | None) -> TrainState:
+            if subject.adapter is None:
+                return subject.start(params, self.tx, run_key)
+            method = subject.adapter.method
+            adapter = init(method.opening, adapter_key, params)
+            if batch is not None:
+                opening = dataclasses.replace(subject, adapter=adapter)
+                slopes = gradient_of(opening, adapter.trainable, adapter.frozen, params, batch)
+                adapter = method.opened(adapter, slopes)
+            return subject.start(adapter, self.tx, run_key)
 
         return jax.jit(begin, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlora_jax.adapters.adapter import Adapter, count
-from vlora_jax.adapters.init import init
+from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.quantize import quantized_shapes
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.distributed.activations import lengths_split
@@ -120,10 +120,9 @@ def placed_tensors(config: RunConfig, mesh: Mesh | AbstractMesh, model: ModelCon
     params = quantized_shapes(shapes, config.quantize)
     specs = base_specs(params, mesh)
     params = placed(params, specs, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     adapter, method = None, config.adapter and config.adapter.for_run(config.steps)
     if method is not None:
-        adapter = jax.eval_shape(lambda key, base: init(method, key, base), key, params)
+        adapter = adapter_shapes(method, params)
         base = params
         trainable, trainable_specs = adapter.trainable, (sharded := adapter_specs(adapter, mesh)).trainable
         frozen, frozen_specs = adapter.frozen, sharded.frozen

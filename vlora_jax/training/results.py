@@ -16,7 +16,7 @@ from pydantic import Discriminator, TypeAdapter
 from vlora_jax import checkpoint
 from vlora_jax.adapters.adapter import Adapter, count
 from vlora_jax.adapters.bind import apply
-from vlora_jax.adapters.init import init
+from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.merge import merge
 from vlora_jax.adapters.trees import Tree
 from vlora_jax.data.pipeline import held_out_batches
@@ -95,7 +95,7 @@ def _adapter(config: RunConfig, shapes: Tree, saved: checkpoint.Saved, what: str
     """The adapter of a checkpoint."""
     assert config.adapter is not None
     method = config.adapter.for_run(config.steps)
-    adapter = jax.eval_shape(lambda key, base: init(method, key, base), jax.random.key(0), shapes)
+    adapter = adapter_shapes(method, shapes)
     return dataclasses.replace(
         adapter,
         trainable=checkpoint.restore(adapter.trainable, saved.trees[TRAINABLE], what),

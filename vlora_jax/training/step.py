@@ -80,6 +80,18 @@ class Subject:
         return TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable), key)
 
 
+def gradient_of(subject: Subject, trainable: Tree, frozen: Tree, base: Tree, batch: Batch) -> Tree:
+    """The gradient of the summed loss over all micro-batches by what trains, without dropout."""
+
+    def loss(trainable: Tree, micro: Batch) -> Array:
+        return subject.loss(subject.model(trainable, frozen, base), micro, True)["loss"]
+
+    def accumulate(total: Tree, micro: Batch) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(trainable, micro)), None
+
+    return jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, trainable), batch)[0]
+
+
 def train_step(
     subject: Subject, tx: optax.GradientTransformation, out_shardings: Any = None
 ) -> Callable[[TrainState, Tree, Batch], tuple]:
