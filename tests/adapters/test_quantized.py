@@ -23,7 +23,7 @@ from vlora_jax.models.decoder import DecoderConfig
 SIZES = {"width": 32, "heads": 2, "mlp_width": 96, "layers": 2, "vocabulary": 11}
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 5)))
 FORMS = ("int8", "nf4")
-QUICK = frozenset({"lora", "dora", "vera", "ia3"})
+QUICK = {("lora", "int8"), *((name, "nf4") for name in ("lora", "dora", "vera", "ia3"))}
 
 
 @functools.cache
@@ -107,8 +107,7 @@ def test_inputs_that_no_block_divides_stay_whole_and_are_named():
     assert left_whole(base, "int8") == []
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", mostly_slow(METHODS, QUICK))
+@pytest.mark.parametrize(("name", "form"), mostly_slow(itertools.product(METHODS, FORMS), QUICK))
 def test_a_method_does_on_codes_what_it_does_on_the_values_they_stand_for(name, form):
     """Start, change, gradient and merge; so that what is shown of a method on any base holds on this one."""
     if name in ("lorta", "bitfit"):

@@ -43,6 +43,7 @@ def test_it_learns_says_what_it_holds_and_keeps_the_adapter_alone(trained):
     assert any(map(is_quantized, flatten(again.base).values()))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit(trained, base, tmp_path):
     run, *_ = trained
     other = config(tmp_path / "stopped", *LORA, "quantize=nf4", f"init_from={base}")

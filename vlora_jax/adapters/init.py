@@ -55,7 +55,7 @@ def adapter_shapes(method: Method, base: Tree) -> Adapter:
     >>> from vlora_jax import DeepLoRA, split
     >>> graphdef, base = split(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     >>> adapter = adapter_shapes(DeepLoRA(form="compressed", rank=2), base)
-    >>> {name: factor.shape for name, factor in sorted(adapter.factors("").items())}
+    >>> {name: factor.shape for name, factor in sorted(adapter.trainable["sites"][""].items())}
     {'m1': (2, 2), 'm2': (2, 2), 'm3': (2, 2), 'p': (6, 2), 'q': (2, 4)}
     """
 
