@@ -327,7 +327,7 @@ def test_impossible_options_are_refused_by_name(unchecked, options, message):
     ("options", "kind", "message"),
     [
         ({"rank": 5}, "dense", r"deep_lora: rank 5 is above the smaller side, 4, of w \(6, 4\)"),
-        ({"form": "compressed"}, "dense", "form compressed starts from a gradient, as training does; otherwise start with form wide"),
+        ({"form": "compressed"}, "dense", "form compressed starts from a gradient, as training does"),
         ({"form": "widest"}, "embed", r"form widest on the embedding w \(6, 4\); exclude it"),
     ],
 )
