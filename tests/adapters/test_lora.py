@@ -232,7 +232,16 @@ def roberta(width):
     return squares | {"up": (width, 4 * width), "down": (4 * width, width)}
 
 
-LLAMA_7B = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
+def llama(width, inner):
+    return dict.fromkeys("qkvo", (width, width)) | {
+        "gate": (width, inner),
+        "up": (width, inner),
+        "down": (inner, width),
+    }
+
+
+LLAMA_7B = llama(4096, 11008)
+LLAMA_3B = {"q": (3072, 3072), "v": (3072, 1024)}  # Llama 3.2
 
 
 @pytest.mark.parametrize(
@@ -242,7 +251,12 @@ LLAMA_7B = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (4096, 11008), "up": (
         (24, roberta(1024), {"rank": 8, "targets": "query|value"}, 786_432),  # large, "0.8M"
         (12, roberta(768), {"rank": 8}, 1_327_104),
         (12, roberta(768), {"rank": 8, "rank_pattern": {"up|down": 2}, "exclude": "key|out"}, 479_232),
+        (24, dict.fromkeys("qv", (1024, 1024)), {"rank": 4}, 393_216),  # GPT-2 M, "0.35M"
+        (36, dict.fromkeys("qv", (1280, 1280)), {"rank": 4}, 737_280),  # GPT-2 L, "0.77M"
+        (28, LLAMA_3B, {"rank": 32}, 9_175_040),
+        (28, LLAMA_3B, {"rank": 64}, 18_350_080),
         (32, LLAMA_7B, {"rank": 64}, 159_907_840),
+        (40, llama(5120, 13824), {"rank": 64}, 250_347_520),
     ],
 )
 def test_as_many_numbers_train_as_the_papers_count(layers, sides, options, numbers):

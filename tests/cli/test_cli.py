@@ -31,6 +31,11 @@ BAD = {
     "rank 0": ([*ADAPTER, "adapter.rank=0"], "lora: rank is 0; it must be at least 1"),
     "rank above the kernel": ([*ADAPTER, "adapter.rank=17"], "rank 17 is above the smaller side, 16, of "),
     "NaN alpha": ([*ADAPTER, "adapter.alpha=.nan"], "lora: alpha is nan; it must be a finite number"),
+    "a shared projection too small": (
+        ["adapter.method=vera", "adapter.max_out=4"],
+        "vera: max_out is 4; layers/block/attn/k needs 16, raise it or exclude the site",
+    ),
+    "unlike kernels for one tensor": (["adapter.method=lorta"], "kernels must be (16, 16), all of one size: exclude"),
     "vertical rank 0": (["model.vertical.increment.rank=0"], "lora: rank is 0; it must be at least 1"),
     "steps to profile": (["--profile-steps", "0:"], "log.profile_steps: must be the FIRST:LAST step to profile"),
     "steps beyond the last": (["--profile-steps", "10:13"], "log.profile_steps 10:13 ends beyond the last step, 12"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,11 @@ def test_mistakes_are_one_line_and_exit_code_2(base, tmp_path, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note").touch()
     peft, run = tmp_path / "peft", tmp_path / "run"
+    shutil.copytree(peft, tmp_path / "lost")
+    known = json.loads((peft / CONFIG).read_text())
+    (tmp_path / "lost" / CONFIG).write_text(json.dumps(known | {"init_lora_weights": "pissa_niter_4"}))
     wrong = {
+        "init_lora_weights is 'pissa_niter_4'": ("import", tmp_path / "lost", "--out", run, "--base", folder),
         "does not name its base; give it with --base": ("import", peft, "--out", run),
         "no tensor changes the base": ("import", peft, "--out", run, "--base", folder),
         "is there already and not empty": ("import", peft, "--out", tmp_path / "used", "--base", folder),

@@ -213,6 +213,8 @@ def test_runs_on_a_vertical_model(tmp_path, capsys):
     }.items():
         code, _, error = merge(one, bad)
         assert (code, message in error, error.count("\n")) == (2, True, 1)
+    code, _, error = call(capsys, "merge", gated, "--out", tmp_path / "out")
+    assert (code, "flylora depends on the input" in error, error.count("\n")) == (2, True, 1)
     code, _, error = merge(base, one)
     assert (code, "trained its model, not an adapter" in error) == (2, True)
     assert merge(one, two)[0] == 0
