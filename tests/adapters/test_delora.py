@@ -87,7 +87,7 @@ def test_every_layer_has_its_own_strength_and_lengths():
     base = parameters(LaxScanned)[1]
     method = vj.DeLoRA(rank=2, boundary_pattern={"up": 4.0}, targets="up|mix")
     adapter = jax.jit(lambda base: vj.init(method, jax.random.key(0), base))(base)
-    for path, boundary in (("blocks/up", 4.0), ("blocks/mix", 15.0)):
+    for path, boundary in (("blocks/up", 4.0), ("blocks/mix", 1.0)):
         np.testing.assert_array_equal(adapter.factors(path)["boundary"], np.full(3, boundary))
     kernel = np.asarray(flatten(base)["blocks/up/kernel"])
     close(adapter.factors("blocks/up")["w"], np.linalg.norm(kernel, axis=2))

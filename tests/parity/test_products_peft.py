@@ -34,7 +34,7 @@ CASES = {
     ),
     "HiRA": (vj.HiRA(rank=4), HIRA, peft.HiraConfig(r=4)),
     "HiRA, gaussian": (vj.HiRA(rank=8, start="gaussian"), HIRA, peft.HiraConfig(r=8, init_weights="gaussian")),
-    "DeLoRA": (vj.DeLoRA(rank=4), DELORA, peft.DeloraConfig(r=4)),
+    "DeLoRA": (vj.DeLoRA(rank=4, boundary=15.0), DELORA, peft.DeloraConfig(r=4)),
 }
 
 

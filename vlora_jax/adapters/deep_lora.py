@@ -49,7 +49,7 @@ class DeepLoRA(LowRank):
     trains = "narrow r·(in + out) + (N-2)·r²; wide with w for r; compressed k·(in + out) + N·k²"
     adds_up = True
     verified = "NumPy"
-    default_rate = 1e-2
+    default_rate = 3e-3
     aside = LowRank.aside | {"epsilon", "frame_rate"}
 
     depth: int = 3

@@ -32,7 +32,8 @@ class DeLoRA(Ranked, Product):
     PEFT has linear layers only; embeddings are ours.
 
     Attributes:
-      boundary: λ at the start.
+      boundary: λ at the start. PEFT's is 15, of which the first steps bring so much that a small model loses what it
+        knows: MiniLM stays at 51 % on SST-2 at rates from 2e-4 to 2e-3, and comes to 84 % with 1.
       boundary_pattern: other values for the sites that a pattern matches.
       dropout: share of the change's inputs that is dropped in training.
       start: see above.
@@ -48,7 +49,7 @@ class DeLoRA(Ranked, Product):
     reads_base = True
     default_rate = 2e-3
 
-    boundary: float = 15.0
+    boundary: float = 1.0
     boundary_pattern: Any = ()
     dropout: float = 0.0
     start: Start = "zero_b"

@@ -45,7 +45,7 @@ class FlyLoRA(LowRank):
     mergeable = False
     vertical = False
     verified = "NumPy"
-    default_rate = 1e-2
+    default_rate = 3e-3
     aside = LowRank.aside | {"balance_rate"}
 
     rank: int = 32

@@ -40,7 +40,7 @@ class LaMDA(Principal):
     paper = "2406.12832"
     formula = "ΔW = P_r S B - P_r diag(σ_r) Q_rᵀ"
     trains = "r² + r·out, at the end r²"
-    default_rate = 3e-3
+    default_rate = 1e-3
     aside = Principal.aside | {"steps", "share"}
 
     rank: int = 32

@@ -37,6 +37,7 @@ class SpIEL(Method):
     of the collected slopes; those of Lion and momentum start at zero. The authors' optimiser keeps an age for each
     entry, so that a new one forgets this start within its first steps; here it weighs as much as an old entry's past.
     Theirs counts the candidates' slopes in the naming step too, one micro-batch at a time; here whole steps count.
+    The paper's MA rule, which grows by row and column sums that its own optimiser (SM3) keeps, is not here.
 
     A step builds ΔW, in·out numbers of one layer at a time, and the slope of the whole kernel, which is where
     the gradient of φ comes from; the search for the largest runs in naming steps only. Only k numbers a layer are kept.

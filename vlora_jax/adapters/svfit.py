@@ -23,7 +23,7 @@ class SVFit(Principal):
     paper = "2409.05926"
     formula = "ΔW = P_r diag(δ) Q_rᵀ"
     trains = "r"
-    default_rate = 1e-2
+    default_rate = 1e-1
 
     def start(
         self, key: PRNGKeyArray, p: Float[Array, "in r"], sigma: Float[Array, " r"], q: Float[Array, "r out"]
