@@ -58,6 +58,7 @@ class RandLoRA(SiteMethod):
     size = ""  # a larger rank trains fewer numbers
     cost = "its inner size is that of the kernel: ΔW is built, forward and backward"
     peft = "RANDLORA"
+    default_rate = 3e-4
 
     rank: int = 32
     alpha: float = 640.0
