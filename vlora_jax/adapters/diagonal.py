@@ -25,6 +25,7 @@ class Diagonal(SiteMethod):
     trains = "min(in, out)"
     adds_up = True
     verified = "NumPy"
+    default_rate = 3e-2
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         return Factors({"d": jnp.zeros(min(site.in_dim, site.out_dim))})

@@ -56,7 +56,7 @@ class FourierFT(SiteMethod):
     verified = "PEFT"
     cost = "builds ΔW by a Fourier transform, forward and backward, and takes the slope of all its entries"
     peft = "FOURIERFT"
-    default_rate = 1e-2
+    default_rate = 3e-2
 
     frequencies: int = 1000
     frequencies_pattern: Any = ()

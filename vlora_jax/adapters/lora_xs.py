@@ -26,7 +26,7 @@ class LoRAXS(Principal):
     paper = "2405.17604"
     formula = "ΔW = alpha / r · P_r diag(σ_r) R Q_rᵀ"
     trains = "r²"
-    default_rate = 4e-3
+    default_rate = 1e-2
     aside = Principal.aside | {"deviation"}
 
     alpha: float = 16.0

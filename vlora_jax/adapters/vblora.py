@@ -41,7 +41,7 @@ class VBLoRA(Product):
     vertical = False
     verified = "PEFT"
     peft = "VBLORA"
-    default_rate = 1e-2
+    default_rate = 3e-2
     aside = Product.aside | {"bank_bound", "logits_deviation", "bank_rate"}
 
     rank: int = 4
