@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
-from helpers import close, moved, parameters
+from helpers import close, mostly_slow, moved, parameters
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vlora_jax as vj
 from vlora_jax.adapters.kept import keeps
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
+from vlora_jax.distributed.mesh import BATCH_AXES, make_mesh
+from vlora_jax.distributed.specs import adapter_specs, base_specs, shardings
 from vlora_jax.errors import ConfigError, ConversionError
 
 SMALL = {  # options for kernels as small as the ones here, where a method has them
@@ -40,7 +44,7 @@ def test_a_method_without_its_maths_cannot_be_made():
         Idea()
 
 
-X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3, 4)), jnp.float32)
 
 
 def small(name: str, **options) -> vj.Method:
@@ -217,6 +221,33 @@ def test_gradients_reach_all_that_trains_in_every_layer_and_nothing_else(case):
         assert (change.max(axis=1) > 0).all(), path
     jax.tree.map(np.testing.assert_array_equal, stepped["adapter"].frozen, case.adapter.frozen)
     jax.tree.map(np.testing.assert_array_equal, stepped["base"], case.base)
+
+
+KINDS = ("lora", "vera", "tied_lora", "pissa", "spiel")  # own tensors, a host's, shared ones, an SVD's, places
+
+
+@pytest.mark.parametrize("case", mostly_slow(METHODS, KINDS), indirect=True)
+def test_eight_devices_equal_one(case):
+    """Start, output and gradient on a mesh split three ways, with the base and the adapter where a run lays them."""
+    mesh = make_mesh(2, 2, 2)
+    specs = base_specs(case.base, mesh), adapter_specs(case.adapter, mesh)
+    assert {axis for spec in flatten(specs[0]).values() for axis in spec if axis} == {"fsdp", "tensor"}
+    assert case.name not in KINDS or "tensor" in {axis for spec in flatten(specs[1]).values() for axis in spec}
+    (of_base, of_adapter), rows = shardings(specs, mesh), NamedSharding(mesh, P(BATCH_AXES))
+
+    def outputs(base, adapter, x):
+        def loss(trainable):
+            out = vj.apply(tower(case.name)[0], base, adapter.with_trainable(trainable), x)
+            return jnp.sum(out**2), out
+
+        gradient, out = jax.grad(loss, has_aux=True)(adapter.trainable)
+        return vj.init(case.method, jax.random.key(0), base), out, gradient
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((case.base, case.adapter, X), (of_base, of_adapter, rows))
+        found = jax.jit(outputs, out_shardings=(of_adapter, rows, of_adapter.trainable))(*placed)
+    expected = case.start, case.out["applied"], case.out["gradient"]["adapter"].trainable
+    jax.tree.map(functools.partial(close, tolerance=1e-5), found, expected)
 
 
 class WithAndWithoutJit(chex.TestCase):
