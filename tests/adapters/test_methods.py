@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vlora_jax as vj
+from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.kept import keeps
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
+from vlora_jax.checkpoint import Checkpoints, read, restore
 from vlora_jax.distributed.mesh import BATCH_AXES, make_mesh
 from vlora_jax.distributed.specs import adapter_specs, base_specs, shardings
 from vlora_jax.errors import ConfigError, ConversionError
@@ -248,6 +250,18 @@ def test_eight_devices_equal_one(case):
         found = jax.jit(outputs, out_shardings=(of_adapter, rows, of_adapter.trainable))(*placed)
     expected = case.start, case.out["applied"], case.out["gradient"]["adapter"].trainable
     jax.tree.map(functools.partial(close, tolerance=1e-5), found, expected)
+
+
+def test_a_checkpoint_gives_an_adapter_back_bit_for_bit(case, tmp_path):
+    """Into what its method's config, as JSON keeps it, and the shapes of the base say."""
+    checkpoints, trees = Checkpoints(tmp_path), {name: getattr(case.adapter, name) for name in ("trainable", "frozen")}
+    checkpoints.save(1, trees, {})
+    checkpoints.close()
+    again = adapter_shapes(from_config(json.loads(json.dumps(case.method.config()))), case.base)
+    saved = read(tmp_path, 1).trees
+    restored = {name: restore(getattr(again, name), saved[name], name) for name in trees}
+    bits = lambda adapter: jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), leaf.tobytes()), adapter)
+    assert bits(jax.device_get(dataclasses.replace(again, **restored))) == bits(jax.device_get(case.adapter))
 
 
 class WithAndWithoutJit(chex.TestCase):
