@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 import vlora_jax as vj
 from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.kept import keeps
+from vlora_jax.adapters.kernel_start import KernelStart
+from vlora_jax.adapters.method import SiteMethod
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.checkpoint import Checkpoints, read, restore
@@ -262,6 +264,24 @@ def test_a_checkpoint_gives_an_adapter_back_bit_for_bit(case, tmp_path):
     restored = {name: restore(getattr(again, name), saved[name], name) for name in trees}
     bits = lambda adapter: jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), leaf.tobytes()), adapter)
     assert bits(jax.device_get(dataclasses.replace(again, **restored))) == bits(jax.device_get(case.adapter))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], SiteMethod)])
+def test_a_stack_starts_as_each_layer_does_with_its_key_and_kernel(name):
+    method = small(name)
+    if isinstance(method, KernelStart):
+        method = dataclasses.replace(method, alpha=float(method.rank))  # a layer starts for s = 1
+    site = vj.Site("up", "kernel", "dense", (2, 2), (4, 6), (0,), (1,))
+    kernels = np.random.default_rng(6).normal(size=(2, 2, 4, 6)).astype(np.float32) if method.reads_base else None
+    start_layer = jax.jit(lambda key, kernel: method.init_site(key, site, kernel))
+    start_stack = jax.jit(lambda key, kernels: (method.init_stack(key, site, kernels), jax.random.split(key, (2, 2))))
+    stack, keys = start_stack(jax.random.key(0), kernels)
+    for at in np.ndindex(2, 2):
+        layer = start_layer(keys[at], None if kernels is None else kernels[at])
+        for part in ("trainable", "frozen"):
+            of_stack = getattr(stack, part)
+            for tensor, value in getattr(layer, part).items():
+                close(of_stack[tensor][at], value)
 
 
 class WithAndWithoutJit(chex.TestCase):
