@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
-from helpers import close, moved, parameters
+from helpers import close, mostly_slow, moved, parameters
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vlora_jax as vj
+from vlora_jax.adapters.init import adapter_shapes
 from vlora_jax.adapters.kept import keeps
+from vlora_jax.adapters.kernel_start import KernelStart
+from vlora_jax.adapters.method import SiteMethod
 from vlora_jax.adapters.registry import METHODS, from_config
 from vlora_jax.adapters.trees import flatten
+from vlora_jax.checkpoint import Checkpoints, read, restore
+from vlora_jax.distributed.mesh import BATCH_AXES, make_mesh
+from vlora_jax.distributed.specs import adapter_specs, base_specs, shardings
 from vlora_jax.errors import ConfigError, ConversionError
 
 SMALL = {  # options for kernels as small as the ones here, where a method has them
@@ -40,7 +48,7 @@ def test_a_method_without_its_maths_cannot_be_made():
         Idea()
 
 
-X = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 4)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3, 4)), jnp.float32)
 
 
 def small(name: str, **options) -> vj.Method:
@@ -217,6 +225,63 @@ def test_gradients_reach_all_that_trains_in_every_layer_and_nothing_else(case):
         assert (change.max(axis=1) > 0).all(), path
     jax.tree.map(np.testing.assert_array_equal, stepped["adapter"].frozen, case.adapter.frozen)
     jax.tree.map(np.testing.assert_array_equal, stepped["base"], case.base)
+
+
+KINDS = ("lora", "vera", "tied_lora", "pissa", "spiel")  # own tensors, a host's, shared ones, an SVD's, places
+
+
+@pytest.mark.parametrize("case", mostly_slow(METHODS, KINDS), indirect=True)
+def test_eight_devices_equal_one(case):
+    """Start, output and gradient on a mesh split three ways, with the base and the adapter where a run lays them."""
+    mesh = make_mesh(2, 2, 2)
+    specs = base_specs(case.base, mesh), adapter_specs(case.adapter, mesh)
+    assert {axis for spec in flatten(specs[0]).values() for axis in spec if axis} == {"fsdp", "tensor"}
+    assert case.name not in KINDS or "tensor" in {axis for spec in flatten(specs[1]).values() for axis in spec}
+    (of_base, of_adapter), rows = shardings(specs, mesh), NamedSharding(mesh, P(BATCH_AXES))
+
+    def outputs(base, adapter, x):
+        def loss(trainable):
+            out = vj.apply(tower(case.name)[0], base, adapter.with_trainable(trainable), x)
+            return jnp.sum(out**2), out
+
+        gradient, out = jax.grad(loss, has_aux=True)(adapter.trainable)
+        return vj.init(case.method, jax.random.key(0), base), out, gradient
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((case.base, case.adapter, X), (of_base, of_adapter, rows))
+        found = jax.jit(outputs, out_shardings=(of_adapter, rows, of_adapter.trainable))(*placed)
+    expected = case.start, case.out["applied"], case.out["gradient"]["adapter"].trainable
+    jax.tree.map(functools.partial(close, tolerance=1e-5), found, expected)
+
+
+def test_a_checkpoint_gives_an_adapter_back_bit_for_bit(case, tmp_path):
+    """Into what its method's config, as JSON keeps it, and the shapes of the base say."""
+    checkpoints, trees = Checkpoints(tmp_path), {name: getattr(case.adapter, name) for name in ("trainable", "frozen")}
+    checkpoints.save(1, trees, {})
+    checkpoints.close()
+    again = adapter_shapes(from_config(json.loads(json.dumps(case.method.config()))), case.base)
+    saved = read(tmp_path, 1).trees
+    restored = {name: restore(getattr(again, name), saved[name], name) for name in trees}
+    bits = lambda adapter: jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype), leaf.tobytes()), adapter)
+    assert bits(jax.device_get(dataclasses.replace(again, **restored))) == bits(jax.device_get(case.adapter))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if issubclass(METHODS[name], SiteMethod)])
+def test_a_stack_starts_as_each_layer_does_with_its_key_and_kernel(name):
+    method = small(name)
+    if isinstance(method, KernelStart):
+        method = dataclasses.replace(method, alpha=float(method.rank))  # a layer starts for s = 1
+    site = vj.Site("up", "kernel", "dense", (2, 2), (4, 6), (0,), (1,))
+    kernels = np.random.default_rng(6).normal(size=(2, 2, 4, 6)).astype(np.float32) if method.reads_base else None
+    start_layer = jax.jit(lambda key, kernel: method.init_site(key, site, kernel))
+    start_stack = jax.jit(lambda key, kernels: (method.init_stack(key, site, kernels), jax.random.split(key, (2, 2))))
+    stack, keys = start_stack(jax.random.key(0), kernels)
+    for at in np.ndindex(2, 2):
+        layer = start_layer(keys[at], None if kernels is None else kernels[at])
+        for part in ("trainable", "frozen"):
+            of_stack = getattr(stack, part)
+            for tensor, value in getattr(layer, part).items():
+                close(of_stack[tensor][at], value)
 
 
 class WithAndWithoutJit(chex.TestCase):
