@@ -1,4 +1,4 @@
-"""LoRA against PEFT: outputs, merged weights, gradients, a step of AdamW and starts, on the same weights."""
+"""LoRA against PEFT: outputs, merged weights, gradients, steps and starts, on the same weights."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import filled
 
 import vlora_jax as vj
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.models.stack import Stack
+from vlora_jax.training.optimizers import OptimizerConfig, optimizer
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+create_loraplus_optimizer = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
 
 VOCABULARY, WIDTH, INNER, LAYERS = 11, 6, 9, 3
@@ -77,15 +80,20 @@ def base_leaves(model):
 
 
 def factors(model, read=lambda parameter: parameter):
-    """A, B of every site (or what `read` makes of them, such as gradients), as an adapter keeps them."""
-    as_array = lambda parameter: read(parameter).detach().numpy().T.copy()
-    linear = lambda module: {"a": module.lora_A["default"].weight, "b": module.lora_B["default"].weight}
-    embed = model.embed
-    sites = {"embed": {"a": embed.lora_embedding_A["default"], "b": embed.lora_embedding_B["default"]}}
-    found = {"embed": {name: as_array(parameter) for name, parameter in sites["embed"].items()}}
+    """What trains at every site (or what `read` makes of it, such as gradients), as an adapter keeps it."""
+
+    def own(module):
+        kind = "embedding_" if isinstance(module, peft.tuners.lora.Embedding) else ""
+        held = {name: getattr(module, f"lora_{kind}{name.upper()}")["default"] for name in "ab"}
+        if "default" in (module.lora_magnitude_vector or {}):
+            held["m"] = module.lora_magnitude_vector["default"]
+        weight = lambda holder: getattr(holder, "weight", holder)
+        return {name: read(weight(holder)).detach().numpy().T.copy() for name, holder in held.items()}
+
+    found = {"embed": own(model.embed)}
     for target in ("up", "down"):
-        layers = [linear(getattr(layer, target)) for layer in model.layers]
-        found[f"layers/block/{target}"] = {n: np.stack([as_array(layer[n]) for layer in layers]) for n in "ab"}
+        layers = [own(getattr(layer, target)) for layer in model.layers]
+        found[f"layers/block/{target}"] = jax.tree.map(lambda *each: np.stack(each), *layers)
     return found
 
 
@@ -173,6 +181,46 @@ def test_merged_weights_agree(case):
     for path, expected in theirs.items():
         assert error(ours[path], expected) < 1e-6, path
         assert np.array_equal(expected, case.base[path]) == path.endswith("bias")
+
+
+@pytest.mark.parametrize("kind", [vj.LoRA, vj.DoRA])
+def test_steps_of_lora_plus_agree(kind):
+    """PEFT's rate is the one that a run takes for A where it gives none: plain LoRA's ÷ √ratio.
+
+    Three steps from zero, on the same gradients. PEFT trains the factors of embeddings at 1e-6, ours at the run's rate
+    unless its groups give another, B's times the ratio.
+    """
+    torch.manual_seed(0)
+    method = kind(rank=2, b_rate=16.0, targets=TARGETS)
+    rate = OptimizerConfig().resolved(method).rate
+    config = peft.LoraConfig(r=2, target_modules=list(TARGETS), use_dora=kind is vj.DoRA)
+    model = peft.get_peft_model(TorchModel(), config)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    read = lambda what: factors(model.base_model.model, what)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.zero_()
+
+    _, shapes = vj.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    adapter = jax.eval_shape(lambda base: vj.init(method, jax.random.key(0), base), filled(shapes, 0))
+    groups = {"embed/a": 1e-6 / rate, "embed/b": 1e-6 / rate / 16}
+    ours = optimizer(
+        OptimizerConfig(schedule="constant", warmup=0, clip=None, groups=groups), 10, adapter.trainable, adapter
+    )
+    weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), adapter.trainable)
+    state, step = ours.init(weights), jax.jit(ours.update)
+    for _ in range(3):
+        for parameter in trained:
+            parameter.grad = torch.randn(parameter.shape)
+        slopes = jax.tree.map(jnp.asarray, weights | {"sites": read(lambda parameter: parameter.grad)})
+        theirs.step()
+        updates, state = step(slopes, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    expected = flatten(read(lambda parameter: parameter))
+    assert set(flatten(weights["sites"])) == set(expected)
+    for path, leaf in flatten(weights["sites"]).items():
+        assert error(leaf, expected[path]) < 1e-5, path
 
 
 @pytest.mark.parametrize("start", ["default", "gaussian"])
