@@ -1,4 +1,4 @@
-"""LoRA against PEFT: outputs, merged weights, gradients, steps and starts, on the same weights."""
+"""LoRA against PEFT: outputs, merged weights, gradients, steps, dropout and starts, on the same weights."""
 
 from types import SimpleNamespace
 
@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import filled
 
 import vlora_jax as vj
+from vlora_jax.adapters import view
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.models.stack import Stack
 from vlora_jax.training.optimizers import OptimizerConfig, optimizer
@@ -221,6 +222,54 @@ def test_steps_of_lora_plus_agree(kind):
     assert set(flatten(weights["sites"])) == set(expected)
     for path, leaf in flatten(weights["sites"]).items():
         assert error(leaf, expected[path]) < 1e-5, path
+
+
+def test_dora_drops_what_peft_s_drops(monkeypatch):
+    """Outputs and gradients in training with one mask on both sides; in evaluation, nothing is dropped."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(5, size)).astype(np.float32) for size in (WIDTH, INNER))
+    mask = 2 * rng.integers(0, 2, (5, WIDTH)).astype(np.float32)
+    torch.manual_seed(0)
+    bare = torch.nn.Sequential(torch.nn.Linear(WIDTH, INNER))
+    array = lambda tensor: jnp.asarray(tensor.detach().numpy().T.copy())
+    base = {"kernel": array(bare[0].weight), "bias": array(bare[0].bias)}
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], lora_dropout=0.5, use_dora=True)
+    model = peft.get_peft_model(bare, config)
+    layer = model.base_model.model[0]
+    monkeypatch.setattr(layer.lora_dropout["default"], "forward", lambda x: x * torch.from_numpy(mask))
+    monkeypatch.setattr(view, "dropout", lambda x, rate, key: x * mask)
+    tensors = {
+        "a": layer.lora_A["default"].weight,
+        "b": layer.lora_B["default"].weight,
+        "m": layer.lora_magnitude_vector["default"].weight,
+    }
+    with torch.no_grad():
+        for parameter in tensors.values():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    inputs = torch.from_numpy(x).requires_grad_()
+    expected = model.train()(inputs)
+    (expected * torch.from_numpy(cotangent)).sum().backward()
+    whole = model.eval()(inputs).detach().numpy()
+
+    graphdef, shapes = vj.split(nnx.eval_shape(lambda: nnx.Linear(WIDTH, INNER, rngs=nnx.Rngs(0))))
+    method = vj.DoRA(rank=2, alpha=3.0, dropout=0.5)
+    adapter = jax.eval_shape(lambda: vj.init(method, jax.random.key(0), filled(shapes, 0)))
+    trainable = adapter.trainable | {"sites": {"": jax.tree.map(array, tensors)}}
+
+    @jax.jit
+    def run(trainable, x):
+        call = lambda trainable, x, key: vj.apply(graphdef, base, adapter.with_trainable(trainable), x, key=key)
+        trained = lambda trainable, x: (call(trainable, x, jax.random.key(0)) * cotangent).sum()
+        outputs = call(trainable, x, jax.random.key(0)), call(trainable, x, None)
+        return outputs, jax.grad(trained, argnums=(0, 1))(trainable, x)
+
+    (dropped, kept), (slopes, slope) = run(trainable, x)
+    assert error(dropped, expected.detach().numpy()) < 1e-6
+    assert error(kept, whole) < 1e-6
+    assert error(dropped, whole) > 0.1
+    assert error(slope, inputs.grad.numpy()) < 1e-5
+    for name, parameter in tensors.items():
+        assert error(slopes["sites"][""][name], parameter.grad.numpy().T) < 1e-5, name
 
 
 @pytest.mark.parametrize("start", ["default", "gaussian"])
