@@ -1,5 +1,7 @@
 """DoRA: its formula, what its norm's missing gradient means, and when it is LoRA or nothing at all."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,22 @@ def test_an_embedding_is_normed_over_its_vocabulary():
     assert adapter.factors("")["m"].shape == (4,)
     out = jax.jit(lambda: vj.apply(graphdef, base, adapter, jnp.arange(7)))()
     close(out, explicit(base["embedding"].get_value(), adapter.factors("")))
+
+
+def test_dropout_acts_on_the_inputs_of_the_whole_change(linear):
+    """x W + drop(x) (W' - W), at the price of another product with W, in training only."""
+    graphdef, base, _, plain = linear
+    adapter = dataclasses.replace(plain, method=dataclasses.replace(plain.method, dropout=0.5))
+    call = lambda adapter, key: vj.apply(graphdef, base, adapter, X, key=key)
+    bare, dropped = jax.jit(lambda key: (call(None, None), call(adapter, key)))(jax.random.key(1))
+    kernel = np.asarray(base["kernel"].get_value())
+    delta = explicit(kernel, adapter.factors("")) - kernel
+    seen = np.linalg.lstsq(delta.T, np.asarray(dropped - bare, np.float64).T, rcond=None)[0].T
+    gone, kept = np.abs(seen) < 1e-3, np.abs(seen - 2 * np.asarray(X)) < 1e-3
+    assert (gone | kept).all()
+    assert 0.2 < (gone & ~kept).mean() < 0.8
+    products = lambda adapter, key: str(jax.make_jaxpr(lambda key: call(adapter, key))(key)).count("dot_general")
+    assert products(adapter, None) == products(plain, jax.random.key(1)) == products(adapter, jax.random.key(1)) - 1
 
 
 def test_a_layer_of_rank_zero_is_left_alone_and_does_not_train():

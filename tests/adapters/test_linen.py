@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import Gain, close, filled, random_adapter, started
+from flax import nnx
+from helpers import Gain, close, filled, parameters, random_adapter, started
 from third_party import X
 from third_party_linen import MODELS, Attention, Grid, Scanned, Square
 
@@ -183,6 +184,22 @@ def test_dropout_draws_a_mask_for_each_layer_site_and_key(axis):
     masks = np.round(np.stack([first - base, other - base]), 5)
     assert set(masks.ravel()) == {0.0, 2.0}
     assert len(np.unique(masks.reshape(12, -1), axis=0)) == 12  # 2 keys × 2 sites × 3 layers
+
+
+def test_a_method_that_reads_the_output_gets_that_of_the_inputs_left():
+    """As its NNX twin does."""
+    graphdef, base = parameters(lambda rngs: nnx.Linear(4, 5, rngs=rngs))
+    variables = {"params": {name: base[name].get_value() for name in ("kernel", "bias")}}
+    adapter = random_adapter(vj.DoRA(rank=2, dropout=0.5), base)
+    bound, twin, whole = jax.jit(
+        lambda key: (
+            linen.apply(nn.Dense(5), variables, adapter, X, key=key),
+            vj.apply(graphdef, base, adapter, X, key=key),
+            vj.apply(graphdef, base, adapter, X),
+        )
+    )(jax.random.key(0))
+    close(bound, twin)
+    assert np.abs(twin - whole).max() > 0.1
 
 
 def test_dtypes_of_a_half_precision_base_are_kept():

@@ -211,8 +211,9 @@ def test_layers_of_others_read_codes_as_well(form):
     graphdef, base = vj.split(Others(nnx.Rngs(0)))
     held = vj.quantize(base, form)
     assert list(kernels(held)) == ["blocks/layers/0/kernel"], "of the other, inputs are not the last axis but one"
-    adapter = moved(vj.init(vj.DoRA(rank=2), jax.random.key(0), held))
-    answer = jax.jit(lambda base: vj.apply(graphdef, base, adapter, jnp.ones((2, 32))))
+    adapter = moved(vj.init(vj.DoRA(rank=2, dropout=0.5), jax.random.key(0), held))
+    call = lambda base, key: vj.apply(graphdef, base, adapter, jnp.ones((2, 32)), key=key)
+    answer = jax.jit(lambda base: jnp.stack([call(base, key) for key in (None, jax.random.key(1))]))
     close(answer(held), answer(vj.merge(held)), 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""LoRA against PEFT: outputs, merged weights, gradients, a step of AdamW and starts, on the same weights."""
+"""LoRA against PEFT: outputs, merged weights, gradients, steps, dropout and starts, on the same weights."""
 
 from types import SimpleNamespace
 
@@ -8,13 +8,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import filled
 
 import vlora_jax as vj
+from vlora_jax.adapters import view
 from vlora_jax.adapters.trees import flatten
 from vlora_jax.models.stack import Stack
+from vlora_jax.training.optimizers import OptimizerConfig, optimizer
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+create_loraplus_optimizer = pytest.importorskip("peft.optimizers").create_loraplus_optimizer
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's and PEFT's own
 
 VOCABULARY, WIDTH, INNER, LAYERS = 11, 6, 9, 3
@@ -77,15 +81,20 @@ def base_leaves(model):
 
 
 def factors(model, read=lambda parameter: parameter):
-    """A, B of every site (or what `read` makes of them, such as gradients), as an adapter keeps them."""
-    as_array = lambda parameter: read(parameter).detach().numpy().T.copy()
-    linear = lambda module: {"a": module.lora_A["default"].weight, "b": module.lora_B["default"].weight}
-    embed = model.embed
-    sites = {"embed": {"a": embed.lora_embedding_A["default"], "b": embed.lora_embedding_B["default"]}}
-    found = {"embed": {name: as_array(parameter) for name, parameter in sites["embed"].items()}}
+    """What trains at every site (or what `read` makes of it, such as gradients), as an adapter keeps it."""
+
+    def own(module):
+        kind = "embedding_" if isinstance(module, peft.tuners.lora.Embedding) else ""
+        held = {name: getattr(module, f"lora_{kind}{name.upper()}")["default"] for name in "ab"}
+        if "default" in (module.lora_magnitude_vector or {}):
+            held["m"] = module.lora_magnitude_vector["default"]
+        weight = lambda holder: getattr(holder, "weight", holder)
+        return {name: read(weight(holder)).detach().numpy().T.copy() for name, holder in held.items()}
+
+    found = {"embed": own(model.embed)}
     for target in ("up", "down"):
-        layers = [linear(getattr(layer, target)) for layer in model.layers]
-        found[f"layers/block/{target}"] = {n: np.stack([as_array(layer[n]) for layer in layers]) for n in "ab"}
+        layers = [own(getattr(layer, target)) for layer in model.layers]
+        found[f"layers/block/{target}"] = jax.tree.map(lambda *each: np.stack(each), *layers)
     return found
 
 
@@ -173,6 +182,94 @@ def test_merged_weights_agree(case):
     for path, expected in theirs.items():
         assert error(ours[path], expected) < 1e-6, path
         assert np.array_equal(expected, case.base[path]) == path.endswith("bias")
+
+
+@pytest.mark.parametrize("kind", [vj.LoRA, vj.DoRA])
+def test_steps_of_lora_plus_agree(kind):
+    """PEFT's rate is the one that a run takes for A where it gives none: plain LoRA's ÷ √ratio.
+
+    Three steps from zero, on the same gradients. PEFT trains the factors of embeddings at 1e-6, ours at the run's rate
+    unless its groups give another, B's times the ratio.
+    """
+    torch.manual_seed(0)
+    method = kind(rank=2, b_rate=16.0, targets=TARGETS)
+    rate = OptimizerConfig().resolved(method).rate
+    config = peft.LoraConfig(r=2, target_modules=list(TARGETS), use_dora=kind is vj.DoRA)
+    model = peft.get_peft_model(TorchModel(), config)
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=16.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    read = lambda what: factors(model.base_model.model, what)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.zero_()
+
+    _, shapes = vj.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+    adapter = jax.eval_shape(lambda base: vj.init(method, jax.random.key(0), base), filled(shapes, 0))
+    groups = {"embed/a": 1e-6 / rate, "embed/b": 1e-6 / rate / 16}
+    ours = optimizer(
+        OptimizerConfig(schedule="constant", warmup=0, clip=None, groups=groups), 10, adapter.trainable, adapter
+    )
+    weights = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), adapter.trainable)
+    state, step = ours.init(weights), jax.jit(ours.update)
+    for _ in range(3):
+        for parameter in trained:
+            parameter.grad = torch.randn(parameter.shape)
+        slopes = jax.tree.map(jnp.asarray, weights | {"sites": read(lambda parameter: parameter.grad)})
+        theirs.step()
+        updates, state = step(slopes, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    expected = flatten(read(lambda parameter: parameter))
+    assert set(flatten(weights["sites"])) == set(expected)
+    for path, leaf in flatten(weights["sites"]).items():
+        assert error(leaf, expected[path]) < 1e-5, path
+
+
+def test_dora_drops_what_peft_s_drops(monkeypatch):
+    """Outputs and gradients in training with one mask on both sides; in evaluation, nothing is dropped."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(5, size)).astype(np.float32) for size in (WIDTH, INNER))
+    mask = 2 * rng.integers(0, 2, (5, WIDTH)).astype(np.float32)
+    torch.manual_seed(0)
+    bare = torch.nn.Sequential(torch.nn.Linear(WIDTH, INNER))
+    array = lambda tensor: jnp.asarray(tensor.detach().numpy().T.copy())
+    base = {"kernel": array(bare[0].weight), "bias": array(bare[0].bias)}
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], lora_dropout=0.5, use_dora=True)
+    model = peft.get_peft_model(bare, config)
+    layer = model.base_model.model[0]
+    monkeypatch.setattr(layer.lora_dropout["default"], "forward", lambda x: x * torch.from_numpy(mask))
+    monkeypatch.setattr(view, "dropout", lambda x, rate, key: x * mask)
+    tensors = {
+        "a": layer.lora_A["default"].weight,
+        "b": layer.lora_B["default"].weight,
+        "m": layer.lora_magnitude_vector["default"].weight,
+    }
+    with torch.no_grad():
+        for parameter in tensors.values():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    inputs = torch.from_numpy(x).requires_grad_()
+    expected = model.train()(inputs)
+    (expected * torch.from_numpy(cotangent)).sum().backward()
+    whole = model.eval()(inputs).detach().numpy()
+
+    graphdef, shapes = vj.split(nnx.eval_shape(lambda: nnx.Linear(WIDTH, INNER, rngs=nnx.Rngs(0))))
+    method = vj.DoRA(rank=2, alpha=3.0, dropout=0.5)
+    adapter = jax.eval_shape(lambda: vj.init(method, jax.random.key(0), filled(shapes, 0)))
+    trainable = adapter.trainable | {"sites": {"": jax.tree.map(array, tensors)}}
+
+    @jax.jit
+    def run(trainable, x):
+        call = lambda trainable, x, key: vj.apply(graphdef, base, adapter.with_trainable(trainable), x, key=key)
+        trained = lambda trainable, x: (call(trainable, x, jax.random.key(0)) * cotangent).sum()
+        outputs = call(trainable, x, jax.random.key(0)), call(trainable, x, None)
+        return outputs, jax.grad(trained, argnums=(0, 1))(trainable, x)
+
+    (dropped, kept), (slopes, slope) = run(trainable, x)
+    assert error(dropped, expected.detach().numpy()) < 1e-6
+    assert error(kept, whole) < 1e-6
+    assert error(dropped, whole) > 0.1
+    assert error(slope, inputs.grad.numpy()) < 1e-5
+    for name, parameter in tensors.items():
+        assert error(slopes["sites"][""][name], parameter.grad.numpy().T) < 1e-5, name
 
 
 @pytest.mark.parametrize("start", ["default", "gaussian"])

@@ -58,3 +58,21 @@ def test_a_dense_model_comes_back_unchanged():
     assert same_graph == graphdef
     for path, leaf in flatten(params).items():
         np.testing.assert_array_equal(flatten(same)[path], leaf)
+
+
+def test_an_adapter_with_dropout_does_the_same_on_both():
+    """DoRA reads kernel and output, of a layer whose kernel is made of its compound's and an increment."""
+    graphdef, shapes = abstract(layers=2, vertical=Vertical(size=2, increment=increment()))
+    base, h = filled(shapes), np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
+    start = lambda base: vj.init(vj.DoRA(rank=2, dropout=0.5, targets="up"), jax.random.key(0), base)
+    adapter = filled(jax.eval_shape(lambda base: start(expand(graphdef, base)[1]), base), seed=1)
+
+    @jax.jit
+    def run(base, adapter, key):
+        twin = expand(graphdef, base)
+        models = ((graphdef, base), key), (twin, key), (twin, None)
+        return [vj.apply(*model, adapter, h, key=each) for model, each in models]
+
+    vertical, dense, whole = run(base, adapter, jax.random.key(0))
+    np.testing.assert_allclose(vertical, dense, atol=1e-5)
+    assert np.abs(dense - whole).max() > 0.1

@@ -19,7 +19,7 @@ from vlora_jax.adapters.kept import keep
 from vlora_jax.adapters.method import LowRank, Method, site_key
 from vlora_jax.adapters.sites import Site
 from vlora_jax.adapters.trees import Tree, flatten, replace_leaves
-from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view, thin
+from vlora_jax.adapters.view import Lookup, View, dense_view, einsum_view, lookup_view, thin
 from vlora_jax.errors import ConfigError, TargetError, expect
 
 
@@ -101,12 +101,12 @@ class Adapted(nnx.Module):
         factors, kernel = self.part(index), self._kernel()
         if product is not None and isinstance(method, LowRank):
             return method.up(product, view.x, view.y, kernel, factors)
-        x, key, rows = view.x, self.keys[index], self.rows[index]
-        if key is not None and not isinstance(x, Lookup):
-            x = dropout(x, method.dropout, key.get_value())
+        key, rows = self.keys[index], self.rows[index]
+        if key is not None:
+            view = view.dropped(method.dropout, key.get_value(), kernel if method.reads_output else None)
         if rows is not None:
-            return rows.apply(lambda x, y, factors: method.forward(x, y, kernel, factors), factors, x, view.y)
-        return method.forward(x, view.y, kernel, factors)
+            return rows.apply(lambda x, y, factors: method.forward(x, y, kernel, factors), factors, view.x, view.y)
+        return method.forward(view.x, view.y, kernel, factors)
 
     def part(self, index: int) -> FactorDict:
         """Tensors of one adapter at this site, its own and the shared ones."""

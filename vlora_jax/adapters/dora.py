@@ -19,7 +19,8 @@ class DoRA(LoRA):
     """W' = m ⊙ V / ‖V‖ with V = W + s·A B: magnitude m and direction of each output's column are trained apart.
 
     ‖V‖ is taken over the inputs of each output (over the vocabulary for an embedding) and carries no gradient (section
-    4.3). m starts as ‖W‖, so that the model is unchanged. Options are LoRA's; dropout acts on A's inputs only.
+    4.3). m starts as ‖W‖, so that the model is unchanged. Options are LoRA's; dropout acts on the inputs of the whole
+    change W' - W, as in PEFT, which takes another product with the kernel in training.
 
     A step builds neither A B nor V: ‖V‖² = ‖W‖² + 2·Σ W ⊙ (s·A B) + ‖s·A B‖² needs the product Aᵀ W, r·in·out
     multiplications a layer and step, whatever the number of tokens.

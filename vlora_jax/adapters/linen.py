@@ -20,7 +20,7 @@ from vlora_jax.adapters.adapter import Adapter, FactorDict, whole_values
 from vlora_jax.adapters.method import Method, site_key
 from vlora_jax.adapters.sites import Layout, Site, einsum_layout
 from vlora_jax.adapters.trees import flatten, replace_leaves
-from vlora_jax.adapters.view import Lookup, View, dense_view, dropout, einsum_view, lookup_view
+from vlora_jax.adapters.view import View, dense_view, einsum_view, lookup_view
 from vlora_jax.errors import TargetError
 
 PREFIX = "vlora"  # names of adapter leaves beside a kernel: vlora/<index of the adapter>/<tensor>
@@ -180,8 +180,9 @@ def _change(context: Any, parts: list, x: Array, y: Array, equation: str | None)
             change += x @ method.delta(kernel, factors).astype(y.dtype).T
             continue
         view = _view_of(module, site, x, y, equation)
-        if mask is not None and not isinstance(view.x, Lookup):
-            view = dataclasses.replace(view, x=dropout(view.x, method.dropout, jax.random.wrap_key_data(mask)))
+        if mask is not None:
+            read = kernel if method.reads_output else None
+            view = view.dropped(method.dropout, jax.random.wrap_key_data(mask), read)
         change += view.restore(method.forward(view.x, view.y, kernel, factors))
     return jnp.asarray(change)
 

@@ -43,7 +43,8 @@ class LoRA(Product):
         are the starts of vertical increments (arXiv 2406.09315) and change the model at once.
       bias: train a bias of B as well, so that the layer's bias changes by s·bias (PEFT's `lora_bias`).
       b_rate: learning rate of B relative to A's (LoRA+); 1 is plain LoRA. A run that gives no rate takes LoRA's ÷
-        √b_rate.
+        √b_rate. PEFT's LoRA+ trains an embedding's factors at 1e-6; here they learn as all others do, unless
+        `optimizer.groups` of the run's config gives them a relative rate, `{"embed": 0.001}`.
 
     Where layers differ in rank or alpha, a frozen `gain (r,)` a layer takes the place of s: s of that layer in its
     first entries, zero beyond its rank.

@@ -131,7 +131,7 @@ class Method(ABC):
 
         Args:
           x: input `(tokens, in)`; for an embedding an object whose `x @ A` looks rows of `A` up.
-          y: `x @ kernel` without bias, `(tokens, out)`.
+          y: `x @ kernel` without bias, `(tokens, out)`; under dropout that of all inputs, unless it `reads_output`.
           kernel: frozen kernel `(in, out)`.
           factors: this site's tensors of one layer, and the shared ones, by name.
 

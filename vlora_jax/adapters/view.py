@@ -31,6 +31,17 @@ class View:
     y: Array
     restore: Callable[[Array], Array]
 
+    def dropped(self, rate: float, key: PRNGKeyArray, kernel: Array | None) -> "View":
+        """With a share of its inputs dropped, which the ids of an embedding know nothing of.
+
+        Args:
+          kernel: `(in, out)`, where the output shall be that of the inputs that are left; else it stays as it is.
+        """
+        if isinstance(self.x, Lookup):
+            return self
+        x = dropout(self.x, rate, key)
+        return View(x, self.y if kernel is None else x @ kernel.astype(x.dtype), self.restore)
+
 
 def lookup_view(site: Site, ids: Array, y: Array) -> View:
     """An embedding `y = table[ids]`."""
