@@ -143,8 +143,8 @@ class DeepLoRA(LowRank):
 
     @property
     def usual_rate(self) -> float:
-        """The default suits the narrow form; the others' factors are as wide as kernels, and move further."""
-        return self.default_rate if self.form == "narrow" else LowRank.default_rate
+        """The default suits the narrow form; wide factors move a kernel further, those of the compressed one less."""
+        return {"narrow": self.default_rate, "compressed": 1e-2}.get(self.form, LowRank.default_rate)
 
     def rates(self) -> dict[str, float]:
         return {"frame": self.frame_rate} if self.frame_rate else {}
