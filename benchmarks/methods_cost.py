@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lorta": {"targets": "attention", "heads": 8},  # one tensor for all kernels, which must be alike
 }
 STEPS = 1000  # of the run that schedules are for
-ASIDE = ("token_rows",)  # embeddings only
+ASIDE = ("token_rows", "bitfit", "selective")  # embeddings only; no biases here; what a run names
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Row:
 
 
 def chosen(names: list[str]) -> list[Method]:
-    """Methods by name, all that change kernels if there are no names."""
-    wanted = names or [name for name in METHODS if METHODS[name].on_sites and name not in ASIDE]
+    """Methods by name, all that train something of this model if there are no names."""
+    wanted = names or [name for name in METHODS if name not in ASIDE]
     unknown = [name for name in wanted if name not in METHODS]
     if unknown:
         sys.exit(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
