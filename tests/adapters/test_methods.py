@@ -190,6 +190,28 @@ def test_other_factors_change_the_model(case):
     assert np.abs(out["applied"] - out["base"]).max() > 1e-2
 
 
+NO_LORA = frozenset({"flylora", "mosara", "ia3", "ln_tuning", "bitfit", "selective"})  # gated, or biases, or no kernel
+
+
+@pytest.mark.parametrize("name", mostly_slow(sorted(METHODS.keys() - NO_LORA), {"deep_lora", "spiel"}))
+def test_as_a_plain_lora_it_changes_kernels_alike(name):
+    """Of a rank that no kernel here is above, so that nothing is left out."""
+    base, _, adapter = adapters(name)
+    lora, residuals = vj.as_lora(base, adapter, max_rank=4)
+    assert lora.method.name == "lora"
+    assert max(residual.max() for residual in residuals.values()) < 1e-5
+    one, other = (flatten(jax.jit(vj.merge)(base, each)) for each in (adapter, lora))
+    for path, leaf in one.items():
+        close(leaf, other[path], 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(NO_LORA))
+def test_what_a_plain_lora_has_no_place_for_is_said(name):
+    base, _, adapter = adapters(name)
+    with pytest.raises(ConversionError, match=f"{name} depends on the input|bias of|trained whole|no kernel"):
+        vj.as_lora(base, adapter, max_rank=4)
+
+
 def test_applied_equals_merged(case):
     if case.method.mergeable:
         close(case.out["applied"], case.out["merged"])
