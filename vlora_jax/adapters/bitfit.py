@@ -29,7 +29,7 @@ class BitFit(Selective):
     formula = "b trained"
     trains = "every bias"
     verified = "paper's counts, NumPy"
-    default_rate = 1e-2
+    default_rate = 3e-3
 
     targets: Patterns = ".*"
 
