@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from commands import call
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
 
@@ -21,6 +22,7 @@ from vlora_jax.errors import CheckpointError, ConfigError, ResourceError
 from vlora_jax.experiments import compare as module
 from vlora_jax.experiments import report
 from vlora_jax.experiments.compare import CompareConfig, Record, cells, compare, done, load_comparison, read_record
+from vlora_jax.experiments.page import write_names
 from vlora_jax.training.loop import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +211,20 @@ def test_the_page_holds_everything_and_the_report_its_plots(tmp_path):
     assert "<td>&lt;b&gt;</td>" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text)  # nothing is fetched
+
+
+def test_names_in_a_plot_cover_neither_each_other_nor_points():
+    figure = Figure(figsize=(10, 6.5), dpi=120)
+    axes, rng = figure.add_subplot(), np.random.default_rng(0)
+    places = rng.normal(size=(25, 2)) * (0.02, 0.1)  # most of them behind each other
+    axes.set(xlim=(-1, 1), ylim=(-1, 1))
+    write_names(figure, axes, [(f"a method {i}", *place, i < 3, "k") for i, place in enumerate(places)])
+    boxes = [text.get_window_extent().padded(-1) for text in axes.texts]
+    assert len(boxes) == 25
+    points = axes.transData.transform(places)
+    for one, box in enumerate(boxes):
+        assert not box.count_contains(points)
+        assert not box.count_overlaps(boxes[:one])
 
 
 def test_any_name_can_be_written_and_shown(tmp_path):

@@ -3,8 +3,10 @@
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlora_jax.experiments.compare import CompareConfig
 from vlora_jax.experiments.report import Line, about, by_task, frontier, legend, rows_of
@@ -29,32 +31,93 @@ def draw_pareto(found: Sequence[Line]) -> bytes:
 
     lines = [line for line in found if line.mark is not None]
     front = frontier(lines)
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 6.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     accuracy = found[0].metric == "accuracy"
     value = lambda line: line.mark.mean * (100 if accuracy else 1)
     spread = lambda line: 0.0 if math.isnan(line.mark.error) else line.mark.error * (100 if accuracy else 1)
     axes.plot([line.trained for line in front], list(map(value, front)), color="#c4722b", linewidth=1)
+    colours = {line.method: "#c4722b" if line in front else "#1f5f99" for line in lines}
     for line in lines:
-        best = line in front
-        colour = "#c4722b" if best else "#1f5f99"
+        colour = colours[line.method]
         axes.errorbar(line.trained, value(line), spread(line), fmt="o", color=colour, markersize=4, elinewidth=0.8)
-        axes.annotate(
-            line.method, (line.trained, value(line)), (4, 4), textcoords="offset points", fontsize=7,
-            weight="bold" if best else "normal", color=colour,
-        )  # fmt: skip
-    axes.set_xscale("log" if all(line.trained for line in lines) else "symlog")
-    values = [line.mark.mean for line in lines if line.mark is not None]
+    counts = [line.trained for line in lines]
+    if all(counts):
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=max(1, min(filter(None, counts), default=1) / 3))
+    values = [value(line) for line in lines]
     if not accuracy and min(values, default=0) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
-    axes.margins(x=0.12)  # for the names
+    axes.margins(x=0.1)  # for the names
     axes.set_xlabel("numbers trained")
     axes.set_ylabel("accuracy (%)" if accuracy else "loss")
     axes.grid(alpha=0.25)
     axes.set_title(f"{found[0].task}: bold ones are beaten by none that trains as few")
+    far = below(values) if accuracy else []
+    if far:
+        left_out = ", ".join(f"{line.method} {value(line):.1f}" for line in lines if value(line) in far)
+        kept = [each for each in values if each not in far]
+        room = 0.08 * (max(kept) - min(kept))
+        axes.set_ylim(min(kept) - 2 * room, max(kept) + room)
+        axes.text(0.01, 0.02, f"below: {left_out}", transform=axes.transAxes, fontsize=7, color="#555")
+    shown = [line for line in sorted(lines, key=lambda line: line not in front) if value(line) not in far]
+    names = [(line.method, line.trained, value(line), line in front, colours[line.method]) for line in shown]
+    write_names(figure, axes, names)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def below(values: Sequence[float]) -> list[float]:
+    """Values so far below all others that these would lie on top of each other; none of a few.
+
+    >>> below([52.0, 78.0, 80.0, 81.0, 82.0, 83.0])
+    [52.0]
+    >>> below([52.0, 60.0, 70.0, 80.0, 82.0, 83.0])
+    []
+    """
+    ordered = sorted(values)
+    for place in range(len(ordered) // 4, 0, -1):
+        if ordered[place] - ordered[place - 1] > 2 * (ordered[-1] - ordered[place]):
+            return ordered[:place]
+    return []
+
+
+def write_names(figure: Any, axes: Any, names: Sequence[tuple[str, float, float, bool, str]]) -> None:
+    """Write names beside their points where they cover neither points nor each other, with a line if that is not near.
+
+    Args:
+      names: name, place, whether it is bold, colour; the first ones get the nearest places.
+    """
+    figure.draw_without_rendering()
+    points = [tuple(axes.transData.transform((x, y))) for _, x, y, _, _ in names]
+    pixels = figure.dpi / 72
+    frame, taken = axes.get_window_extent(), [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    free = lambda box: all(
+        box[2] < other[0] or other[2] < box[0] or box[3] < other[1] or other[3] < box[1] for other in taken
+    )
+    inside = lambda box: frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
+    for (name, x, y, bold, colour), (left, low) in zip(names, points, strict=True):
+        text = axes.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", fontsize=7, weight="bold" if bold else "normal",
+            color=colour,
+        )  # fmt: skip
+        extent = text.get_window_extent()
+        width, height = extent.width / pixels, extent.height / pixels
+        for radius, angle in itertools.product((5, 10, 16, 24, 34, 46, 60, 76), range(0, 360, 30)):
+            across, up = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            across -= width if across < -1 else width / 2 if abs(across) <= 1 else 0
+            up -= height / 2
+            start = (left + across * pixels, low + up * pixels)
+            box = (*start, start[0] + width * pixels, start[1] + height * pixels)
+            if free(box) and inside(box):
+                break
+        taken.append(box)
+        text.set_position((across, up))
+        if radius > 10:
+            end = axes.transData.inverted().transform((min(max(left, box[0]), box[2]), min(max(low, box[1]), box[3])))
+            axes.plot([x, end[0]], [y, end[1]], color=colour, linewidth=0.4, alpha=0.6)
 
 
 def page(comparison: CompareConfig, found: Sequence[Line], pictures: Mapping[str, bytes]) -> str:
