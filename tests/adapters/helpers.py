@@ -19,9 +19,7 @@ from vlora_jax.training.step import Subject, train_step
 
 def mostly_slow(names: Any, quick: Any) -> list:
     """Parameters of a test that takes a while for each: all but the quick ones are for `make slow`."""
-    values = lambda name: name if isinstance(name, tuple) else (name,)
-    slow = lambda name: [] if name in quick else [pytest.mark.slow]
-    return [pytest.param(*values(name), marks=slow(name)) for name in names]
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def filled(shapes: Any, seed: int, scale: float = 0.3) -> Any:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, filled, mostly_slow, moved
+from helpers import close, filled, moved
 from test_methods import small
 
 import vlora_jax as vj
@@ -107,7 +107,13 @@ def test_inputs_that_no_block_divides_stay_whole_and_are_named():
     assert left_whole(base, "int8") == []
 
 
-@pytest.mark.parametrize(("name", "form"), mostly_slow(itertools.product(METHODS, FORMS), QUICK))
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(METHODS, FORMS)
+    ],
+)
 def test_a_method_does_on_codes_what_it_does_on_the_values_they_stand_for(name, form):
     """Start, change, gradient and merge; so that what is shown of a method on any base holds on this one."""
     if name in ("lorta", "bitfit"):
