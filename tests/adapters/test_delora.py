@@ -23,6 +23,11 @@ def linear():
     return graphdef, base, starts
 
 
+def test_a_strength_of_zero_is_refused():
+    with pytest.raises(ConfigError, match="delora: boundary is 0, at which nothing trains"):
+        vj.DeLoRA(boundary=0.0)
+
+
 def explicit(kernel, factors, boundary):
     """ΔW by NumPy, one direction after the other."""
     a, b = np.asarray(factors["a"], np.float64), np.asarray(factors["b"], np.float64)

@@ -87,6 +87,14 @@ def test_it_is_merged_into_a_model_of_transformers(imported, base, capsys):
     close(apply(merged.base, None, IDS), apply(model.base, adapter, IDS), 1e-5)
 
 
+def test_an_adapter_of_a_base_in_fewer_bits_says_so_to_who_loads_it(base, tmp_path):
+    held = vj.quantize(base[1].base, "int8")
+    adapter = jax.jit(lambda base: vj.init(vj.LoRA(rank=2, targets="q"), jax.random.key(0), base))(held)
+    exported = write_peft(tmp_path / "peft", adapter, held, base[1].names)
+    assert "trained on a base held as int8" in exported.about
+    assert "trained on a base held as int8" in (tmp_path / "peft/README.md").read_text()
+
+
 def test_a_directory_in_use_is_refused_before_anything_is_computed(unchecked, tmp_path):
     (tmp_path / "note").touch()
     for write in (write_merged, export_adapter):

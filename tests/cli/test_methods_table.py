@@ -38,6 +38,20 @@ def test_the_markdown_is_a_table_with_a_row_a_method(capsys):
     assert "[2106.09685](https://arxiv.org/abs/2106.09685)" in rows[2]
 
 
+def test_a_narrow_screen_has_the_short_columns_and_a_file_has_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = call(capsys, "methods")[1]
+    monkeypatch.delenv("COLUMNS")
+    wide = call(capsys, "methods")[1]
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "2106.09685" not in narrow
+    assert "in 180 columns, or with --json or --markdown" in narrow
+    for name in METHODS:
+        assert re.search(rf"(?m)^ *{name} ", narrow)
+        assert re.search(rf"(?m)^ *{name} ", wide)
+    assert "2106.09685" in wide
+
+
 def test_records_say_what_methods_do(listed, capsys):
     printed = json.loads(call(capsys, "methods", "--json")[1])
     assert printed == json.loads(json.dumps(list(listed.values())))

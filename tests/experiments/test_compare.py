@@ -261,6 +261,8 @@ def test_a_method_that_is_not_there_is_refused_before_anything_is_trained(tmp_pa
     task = {"set": SMALL, "prepare": [str(ROOT / "configs/default.yaml")]}
     path.write_text(comparison(tmp_path, tasks={"digits": task}).model_dump_json())
     monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+    code, _, error = call(capsys, "compare", path, "--report", "--dry-run")
+    assert (code, error.count("\n"), "ask for one of them" in error) == (2, 1, True)
     code, _, error = call(capsys, "compare", path, "--method", "lara")
     assert (code, "no method 'lara'; nearest: 'lora'" in error) == (2, True)
 

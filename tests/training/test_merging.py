@@ -213,6 +213,8 @@ def test_runs_on_a_vertical_model(tmp_path, capsys):
     }.items():
         code, _, error = merge(one, bad)
         assert (code, message in error, error.count("\n")) == (2, True, 1)
+    code, _, error = call(capsys, "merge", tmp_path / "aa", "--out", tmp_path / "out")
+    assert (code, error) == (2, f"error: {tmp_path / 'aa'} does not exist; nearest run: {one}\n")
     code, _, error = call(capsys, "merge", gated, "--out", tmp_path / "out")
     assert (code, "flylora depends on the input" in error, error.count("\n")) == (2, True, 1)
     code, _, error = merge(base, one)

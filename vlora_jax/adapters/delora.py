@@ -54,6 +54,11 @@ class DeLoRA(Ranked, Product):
     dropout: float = 0.0
     start: Start = "zero_b"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boundary == 0:
+            raise ConfigError("delora: boundary is 0, at which nothing trains: B starts at zero as well")
+
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
         if kernel is None:
             raise ConfigError("delora: the start needs the base's values")

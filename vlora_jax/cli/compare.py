@@ -9,6 +9,7 @@ from rich.console import Console
 
 from vlora_jax.checkpoint import make_directory
 from vlora_jax.distributed.watch import STOPPED
+from vlora_jax.errors import ConfigError
 from vlora_jax.experiments import page, report
 from vlora_jax.experiments.compare import (
     CompareConfig,
@@ -55,6 +56,8 @@ def command(
 
       vlora-jax compare configs/compare/digits.yaml --report --html digits.html
     """
+    if report_only and dry_run:
+        raise ConfigError("--report runs nothing, and --dry-run says what would be run; ask for one of them")
     comparison, console = load_comparison(config), Console(stderr=True)
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
     chosen(method, list(comparison.arms()), "method")  # before anything is trained

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ COLUMNS = {  # of the tables: what a heading shows of a record
     "rate": "default_rate",
     "verified by": "verified",
 }
+WIDE, LONG = 180, ("paper", "change", "trains at a kernel")
 
 
 def records() -> list[dict]:
@@ -98,9 +100,15 @@ def command(
     if as_markdown:
         typer.echo(markdown())
         return
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=WIDE)  # what is written to files and pipes is not cut for a screen
+    columns = COLUMNS if console.width >= WIDE else {k: v for k, v in COLUMNS.items() if k not in LONG}
     table = Table(box=None, padding=(0, 2, 0, 0), title="methods", title_justify="left")
-    for heading in COLUMNS:
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "merges", "vertical", "PEFT", "rate"))
+    for heading in columns:
+        table.add_column(heading, overflow="fold", no_wrap=heading != "verified by" and heading not in LONG)
     for record in records():
-        table.add_row(*(Text(shown(record[key])) for key in COLUMNS.values()))  # brackets are no markup
-    Console().print(table)
+        table.add_row(*(Text(shown(record[key])) for key in columns.values()))  # brackets are no markup
+    console.print(table)
+    if columns is not COLUMNS:
+        console.print(f"{', '.join(LONG)}: in {WIDE} columns, or with --json or --markdown", style="dim")

@@ -28,6 +28,10 @@ from vlora_jax.hub.peft_read import FINGERPRINT, QUANTIZE, fingerprint, read_pef
 
 PEFT_VERSION = "0.21.0"  # whose format this is
 TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "lm": "CAUSAL_LM"}
+HELD = {  # what there is to say of an adapter whose base was held in fewer bits
+    "nf4": "trained on a base in 4 bits: load that so in PEFT too, with bitsandbytes, bnb_4bit_quant_type nf4",
+    "int8": "trained on a base held as int8, whose values bitsandbytes' int8 has not: merge it for exact answers",
+}
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,9 @@ def write_peft(
     about = form.about({name: value for name, value in config.items() if name not in COMMON})
     metadata = {"format": "pt", FINGERPRINT: fingerprint(base, several)}
     held = held_form(base)
-    metadata |= {} if held is None else {QUANTIZE: held}
+    if held is not None:
+        metadata[QUANTIZE] = held
+        about += f"; {HELD[held]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.refuse_used(out)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -20,7 +20,7 @@ from vlora_jax.inspection.intruders import ReducedRow, reduce_intruders
 from vlora_jax.training.exchange import head_of, read_adapter, source_of
 from vlora_jax.training.opened import open_adapter, opened_run
 from vlora_jax.training.results import Trained, read_run, write_adapter
-from vlora_jax.training.runs import CONFIG
+from vlora_jax.training.runs import CONFIG, read_config
 from vlora_jax.vertical.expand import expand
 
 Kind = Literal["linear", "ties", "dare", "dare_ties"]
@@ -73,6 +73,9 @@ def blend_runs(members: Sequence[Path], recipe: Recipe, base: str | None = None,
       ConfigError: a member is no adapter, or the recipe does not fit them.
       ConversionError: an adapter depends on the input where the recipe needs its ΔW.
     """
+    for member in members:
+        if not member.exists():
+            read_config(member)  # which raises, and says what is near
     place = next((place for place, member in enumerate(members) if is_run(member)), 0)
     first = members[place]
     if is_run(first):
