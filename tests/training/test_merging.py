@@ -174,7 +174,7 @@ WRONG = {
     "--step is for one run": ("one", "run", "--step", "0"),
     "--step is for one run; ": ("one", "--step", "0", *LORA_OF),
     "--base is for PEFT's directories without any run": ("run", "--base", "one", *LORA_OF),
-    "adapter_config.json does not exist": ("one", "nowhere", *LORA_OF),
+    "nowhere does not exist": ("one", "nowhere", *LORA_OF),
     "is there already and not empty": ("one", "two", *LORA_OF, "--out", "run"),
 }
 
