@@ -90,33 +90,33 @@ def write_names(figure: Any, axes: Any, names: Sequence[tuple[str, float, float,
     Args:
       names: name, place, whether it is bold, colour; the first ones get the nearest places.
     """
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
-    points = [tuple(axes.transData.transform((x, y))) for _, x, y, _, _ in names]
-    pixels = figure.dpi / 72
-    frame, taken = axes.get_window_extent(), [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    free = lambda box: all(
-        box[2] < other[0] or other[2] < box[0] or box[3] < other[1] or other[3] < box[1] for other in taken
-    )
-    inside = lambda box: frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
-    for (name, x, y, bold, colour), (left, low) in zip(names, points, strict=True):
+    axes.autoscale(False)  # lines to names move nothing
+    points, pixels = axes.transData.transform([(x, y) for _, x, y, _, _ in names]), figure.dpi / 72
+    frame, taken = axes.get_window_extent(), [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
+    for (name, x, y, bold, colour), point in zip(names, points, strict=True):
         text = axes.annotate(
             name, (x, y), (0, 0), textcoords="offset points", fontsize=7, weight="bold" if bold else "normal",
             color=colour,
         )  # fmt: skip
-        extent = text.get_window_extent()
-        width, height = extent.width / pixels, extent.height / pixels
+        width, height = text.get_window_extent().size
         for radius, angle in itertools.product((5, 10, 16, 24, 34, 46, 60, 76), range(0, 360, 30)):
-            across, up = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
-            across -= width if across < -1 else width / 2 if abs(across) <= 1 else 0
-            up -= height / 2
-            start = (left + across * pixels, low + up * pixels)
-            box = (*start, start[0] + width * pixels, start[1] + height * pixels)
-            if free(box) and inside(box):
+            across, up = (radius * pixels * turn(math.radians(angle)) for turn in (math.cos, math.sin))
+            across -= width if across < -1 else width / 2 if across < 1 else 0
+            box = Bbox.from_bounds(point[0] + across, point[1] + up - height / 2, width, height)
+            if (
+                not box.count_overlaps(taken)
+                and frame.x0 < box.x0 < box.x1 < frame.x1
+                and frame.y0 < box.y0 < box.y1 < frame.y1
+            ):
                 break
         taken.append(box)
-        text.set_position((across, up))
+        text.set_position(((box.x0 - point[0]) / pixels, (box.y0 - point[1]) / pixels))
         if radius > 10:
-            end = axes.transData.inverted().transform((min(max(left, box[0]), box[2]), min(max(low, box[1]), box[3])))
+            near = [min(max(at, low), high) for at, low, high in zip(point, box.min, box.max, strict=True)]
+            end = axes.transData.inverted().transform(near)
             axes.plot([x, end[0]], [y, end[1]], color=colour, linewidth=0.4, alpha=0.6)
 
 
