@@ -24,8 +24,10 @@ def linear():
 
 
 def test_a_strength_of_zero_is_refused():
-    with pytest.raises(ConfigError, match="delora: boundary is 0, at which nothing trains"):
-        vj.DeLoRA(boundary=0.0)
+    for options in ({"boundary": 0.0}, {"boundary_pattern": {"up": 0.0}}):
+        with pytest.raises(ConfigError, match=r"delora: .*boundary is 0, at which nothing trains"):
+            vj.DeLoRA(**options)
+    assert vj.DeLoRA(boundary=0.0, start="residual").boundary == 0, "there B is not zero, and the strength trains"
 
 
 def explicit(kernel, factors, boundary):

@@ -127,6 +127,7 @@ def test_the_bank_learns_at_a_tenth_of_the_rate_of_logits():
     adapter = jax.eval_shape(lambda: vj.init(vj.VBLoRA(), jax.random.key(0), {}, stacked_sites(2, q=(512, 256))))
     relative = rates(OptimizerConfig(), adapter.trainable, adapter)
     assert relative == {path: 0.1 if path == "shared/bank" else 1.0 for path in flatten(adapter.trainable)}
+    assert vj.VBLoRA.default_rate == 0.03
 
 
 def test_it_trains_as_many_numbers_as_are_published():

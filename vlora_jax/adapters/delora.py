@@ -56,7 +56,7 @@ class DeLoRA(Ranked, Product):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.boundary == 0:
+        if self.start == "zero_b" and self.boundary == 0:
             raise ConfigError("delora: boundary is 0, at which nothing trains: B starts at zero as well")
 
     def init_site(self, key: PRNGKeyArray, site: Site, kernel: Array | None) -> Factors:
